@@ -1,0 +1,40 @@
+"""Score an exported ONNX file, wherever it came from."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from quantrack.datasets.coco import load_evaluation_set
+from quantrack.entry import run_entry_point
+from quantrack.evaluation.measure import prove, require_output
+from quantrack.onnx.inspect import file_facts
+from quantrack.runtime.session import open_session
+from quantrack.settings import OnnxSettings
+from quantrack.tracking.baseline import find_baseline
+from quantrack.tracking.log import log_inputs, log_samples, log_settings
+from quantrack.tracking.models import fetch_onnx
+from quantrack.tracking.result import comparison_key, log_evaluation
+
+
+def evaluate(settings: OnnxSettings) -> None:
+    """Run an ONNX detector (a file, runs:/... or models:/...) on COCO and log its metrics to MLflow."""
+    evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch_onnx(settings.onnx, Path(folder))
+        session = open_session(path, settings.provider)
+        require_output(session, settings.head, evaluation_set)
+        facts = file_facts(path, settings.head, session.imgsz)
+        log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
+        log_inputs(evaluation_set, None)
+
+        # Without the PyTorch model there is no parity to measure; it stays absent.
+        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None)
+        baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))
+        drop = baseline.drop(proof.metrics()) if baseline else {}
+        log_evaluation(path, facts, proof, evaluation_set, drop)
+    log_samples(evaluation_set, baseline.detections if baseline else None, proof.detections)
+
+
+if __name__ == "__main__":
+    run_entry_point("evaluate", OnnxSettings, evaluate)

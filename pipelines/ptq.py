@@ -1,0 +1,59 @@
+"""Post-training quantization, proved: calibrate, quantize, export QCDQ ONNX, run, score, log."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from quantrack.datasets.calibration import load_calibration_set
+from quantrack.datasets.coco import load_evaluation_set
+from quantrack.detector.device import resolve_device
+from quantrack.detector.load import load_detector
+from quantrack.entry import run_entry_point
+from quantrack.evaluation.measure import prove, require_same_classes
+from quantrack.onnx.files import export_quantized_files
+from quantrack.quantization.job import new_job
+from quantrack.quantization.recipe import apply_recipe, parse_recipe
+from quantrack.runtime.session import open_session
+from quantrack.schemes import parse_mode
+from quantrack.settings import PtqSettings, shared_texts
+from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
+from quantrack.tracking.log import log_inputs, log_quantization, log_samples, log_settings
+from quantrack.tracking.result import comparison_key, detector_facts, log_result
+
+
+def ptq(settings: PtqSettings) -> None:
+    """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
+    scheme, steps = parse_mode(settings.mode), parse_recipe(settings.recipe)
+    device = resolve_device(settings.device)
+    evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
+    calibration = load_calibration_set(
+        settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
+    )
+    detector = load_detector(
+        settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint
+    )
+    require_same_classes(len(detector.class_names), evaluation_set, settings.model)
+    log_settings(settings, f"ptq-{scheme.name}-{settings.recipe}-{detector.name}", {"device": str(device)})
+    log_inputs(evaluation_set, calibration)
+
+    job = new_job(detector, scheme, calibration, settings.imgsz, device)
+    reports = apply_recipe(job, steps)
+    quantized = log_quantization(job, settings.seed, reports)
+
+    facts = detector_facts(detector, settings.imgsz, scheme.name, settings.recipe, quantized["weight_bits_avg"])
+    with tempfile.TemporaryDirectory() as folder:
+        files = export_quantized_files(job.model, facts, Path(folder))
+        session = open_session(files.optimized, settings.provider)
+        key = comparison_key(facts, evaluation_set, session.provider)
+        float_facts = detector_facts(detector, settings.imgsz, "fp32", FLOAT_RECIPE)
+        baseline = find_or_measure_baseline(
+            detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
+        )
+        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, job.model)
+        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof.metrics()))
+    log_samples(evaluation_set, baseline.detections, proof.detections)
+
+
+if __name__ == "__main__":
+    run_entry_point("ptq", PtqSettings, ptq)

@@ -1,0 +1,1 @@
+"""COCO-layout pictures and annotations: read, digested, letterboxed."""

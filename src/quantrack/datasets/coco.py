@@ -1,0 +1,157 @@
+"""The evaluation subset: the first N pictures of val2017 in sorted id order, digested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.files import combined_digest, file_digest
+
+VAL_ANNOTATIONS = Path("annotations/instances_val2017.json")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One annotated picture; width and height are what the annotation file says."""
+
+    id: int
+    path: Path
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class; `id` is the annotation file's own (COCO's run from 1 to 90 with gaps)."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class TrueBox:
+    """One ground-truth box as (x, y, width, height) in the picture's pixels.
+
+    `area` is the annotated object's (its mask's in COCO): the size ranges small, medium and large
+    go by it.
+    """
+
+    image_id: int
+    category_id: int
+    xywh: tuple[float, float, float, float]
+    crowd: bool
+    area: float
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A fixed set of pictures with ground truth.
+
+    `digest` covers the ids, every picture's bytes and the annotation file: two runs are comparable
+    only when it is equal. `categories` are in sorted id order: index i is the detector's class i.
+    """
+
+    root: Path
+    annotation_file: Path
+    pictures: tuple[Picture, ...]
+    categories: tuple[Category, ...]
+    boxes: tuple[TrueBox, ...]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"coco-val{len(self.pictures)}"
+
+
+def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
+    """Read the first `eval_images` pictures (0 = all) of `data_root`'s val2017 split.
+
+    Raises:
+        QuantrackError: the data root, annotation file or a picture is missing or unreadable.
+        UsageError: more pictures were asked for than the annotation file lists.
+    """
+    annotation_file = data_root / VAL_ANNOTATIONS
+    content = read_annotations(data_root, annotation_file)
+    entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
+    if eval_images > len(entries):
+        raise UsageError(
+            f"eval_images={eval_images}: {annotation_file} lists only {len(entries)} pictures; "
+            f"ask for at most {len(entries)}, or 0 for all"
+        )
+    chosen = entries[: eval_images or len(entries)]
+    pictures = tuple(_picture(entry, data_root / "val2017", annotation_file) for entry in chosen)
+    kept = {picture.id for picture in pictures}
+    boxes = tuple(_true_boxes(content["annotations"], kept, annotation_file))
+    categories = sorted(content["categories"], key=lambda row: int(row["id"]))
+    parts = [file_digest(annotation_file)]
+    parts += [f"{picture.id} {file_digest(picture.path)}" for picture in pictures]
+    return EvaluationSet(
+        root=data_root,
+        annotation_file=annotation_file,
+        pictures=pictures,
+        categories=tuple(Category(int(row["id"]), str(row["name"])) for row in categories),
+        boxes=boxes,
+        digest=combined_digest(parts),
+    )
+
+
+def read_annotations(data_root: Path, annotation_file: Path) -> dict[str, Any]:
+    """Parse a COCO instances file and check that it has pictures, boxes and categories.
+
+    Raises:
+        QuantrackError: the folder or file is missing, is not JSON or lacks a section.
+    """
+    if not data_root.is_dir():
+        raise QuantrackError(
+            f"data_root={data_root}: no such folder; prepare it with the `data` entry point, "
+            "or try the embedded demo: -P model=demo -P data_root=demo"
+        )
+    if not annotation_file.is_file():
+        raise QuantrackError(f"{annotation_file}: missing; data_root must have the official COCO layout")
+    try:
+        content = json.loads(annotation_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QuantrackError(f"{annotation_file}: not valid JSON ({error}); fetch it again") from error
+    missing = [key for key in ("images", "annotations", "categories") if not _is_list(content, key)]
+    if missing:
+        raise QuantrackError(f"{annotation_file}: no {', '.join(missing)} list; use a COCO instances file")
+    if not content["images"]:
+        raise QuantrackError(f"{annotation_file}: lists no pictures; use a COCO instances file")
+    return dict(content)
+
+
+def _is_list(content: object, key: str) -> bool:
+    return isinstance(content, dict) and isinstance(content.get(key), list)
+
+
+def _picture(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Picture:
+    try:
+        picture = Picture(
+            int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; fetch the file again") from error
+    if not picture.path.is_file():
+        raise QuantrackError(f"{picture.path}: missing, though {annotation_file.name} lists it; run the `data` entry point")
+    return picture
+
+
+def _true_boxes(rows: list[dict[str, Any]], kept: set[int], annotation_file: Path) -> Iterator[TrueBox]:
+    for row in rows:
+        try:
+            if int(row["image_id"]) not in kept:
+                continue
+            x, y, width, height = (float(value) for value in row["bbox"])
+            yield TrueBox(
+                image_id=int(row["image_id"]),
+                category_id=int(row["category_id"]),
+                xywh=(x, y, width, height),
+                crowd=bool(row.get("iscrowd", 0)),
+                area=float(row.get("area", width * height)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise QuantrackError(f"{annotation_file}: an annotation entry lacks {error}; fetch the file again") from error

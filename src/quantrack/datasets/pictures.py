@@ -1,0 +1,72 @@
+"""Read a picture and letterbox it to the network's input, the same way everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from quantrack.errors import QuantrackError
+
+PAD_VALUE = 114  # Ultralytics' grey
+JPEG_END = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How a picture was fitted: network pixel = picture pixel * scale + (left, top)."""
+
+    scale: float
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """Decode a picture to BGR, shape [height, width, 3].
+
+    Raises:
+        QuantrackError: the file is missing, truncated or not a picture.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise QuantrackError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
+    if content[:2] == b"\xff\xd8" and JPEG_END not in content[-4096:]:
+        raise QuantrackError(f"{path}: truncated jpg (no end marker); fetch it again")
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    if picture is None:
+        raise QuantrackError(f"{path}: not a readable picture; fetch it again")
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def letterbox(picture: NDArray[np.uint8], imgsz: int) -> tuple[NDArray[np.float32], Letterbox]:
+    """Fit a BGR picture into a square RGB network input, keeping its aspect ratio.
+
+    Returns:
+        The input, shape [3, imgsz, imgsz], RGB in 0..1, and how it was fitted. The rounding follows
+        Ultralytics' LetterBox, so that the numbers compare.
+    """
+    height, width = picture.shape[:2]
+    scale = min(imgsz / height, imgsz / width)
+    new_width, new_height = round(width * scale), round(height * scale)
+    if (new_width, new_height) != (width, height):
+        picture = np.asarray(
+            cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_LINEAR), dtype=np.uint8
+        )
+    left = round((imgsz - new_width) / 2 - 0.1)
+    top = round((imgsz - new_height) / 2 - 0.1)
+    canvas = np.full((imgsz, imgsz, 3), PAD_VALUE, dtype=np.uint8)
+    canvas[top : top + new_height, left : left + new_width] = picture
+    chw = canvas[:, :, ::-1].transpose(2, 0, 1)
+    network_input = np.ascontiguousarray(chw, dtype=np.float32) / np.float32(255)
+    return network_input, Letterbox(scale, left, top, width, height)
+
+
+def network_input(path: Path, imgsz: int) -> NDArray[np.float32]:
+    """A picture file as one network input, shape [3, imgsz, imgsz]."""
+    return letterbox(read_picture(path), imgsz)[0]

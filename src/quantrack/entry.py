@@ -1,0 +1,69 @@
+"""The thin shell around a pipeline: command line in, one tracked run, exit code out."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from types import FrameType
+from typing import Annotated, TypeVar
+
+import typer
+
+from quantrack.errors import QuantrackError
+from quantrack.progress import say
+from quantrack.settings import default_texts, parse_settings
+from quantrack.tracking.run import tracked_run
+
+S = TypeVar("S")
+INTERRUPTED = 130
+
+
+def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], None]) -> None:
+    """Turn a pipeline into a command: one kebab-case option per setting, one MLflow run per call.
+
+    Exits with 2 for a refused setting, 1 for a failure and 130 when interrupted; each time the user
+    sees one line, and the run carries it as the tag `failure_reason`.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+
+    def command(**texts: str) -> None:
+        try:
+            with tracked_run(name, texts):
+                pipeline(parse_settings(settings_type, texts))
+        except QuantrackError as error:
+            say(f"error: {error}")
+            sys.exit(error.exit_code)
+        except OSError as error:
+            say(f"error: {error}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            say("interrupted; what was logged so far stays in the run")
+            sys.exit(INTERRUPTED)
+
+    command.__signature__ = _signature(settings_type)  # type: ignore[attr-defined]
+    command.__doc__ = inspect.getdoc(pipeline)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name)(command)
+    app()
+
+
+def _signature(settings_type: type[object]) -> inspect.Signature:
+    """One text option per setting; the settings themselves convert and validate."""
+    defaults = default_texts(settings_type)
+    parameters = [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[item.name],
+            annotation=Annotated[str, typer.Option(f"--{item.name.replace('_', '-')}", help=item.metadata["help"])],
+        )
+        for item in fields(settings_type)  # type: ignore[arg-type]
+    ]
+    return inspect.Signature(parameters)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""From raw outputs to boxes, COCO metrics, plots and sample pictures."""

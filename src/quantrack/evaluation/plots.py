@@ -1,0 +1,67 @@
+"""Figures of one evaluation; they hold no global state and are saved with `Figure.savefig`."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from quantrack.evaluation.types import ClassResult, CocoResult
+
+DARK, LIGHT, ACCENT, GREY = "#1f5a8a", "#b9d3e8", "#d9822b", "#555555"
+BAR_INCHES, BAR_HEIGHT = 0.19, 0.78
+DPI = 120
+
+
+def precision_recall_figure(result: CocoResult, title: str) -> Figure:
+    """Precision over recall at IoU 0.50 and 0.75, averaged over the classes with ground truth."""
+    figure, axes = _figure(6.4, 4.8)
+    curves = (
+        ("0.50", "mAP50", result.precision_at_50, DARK),
+        ("0.75", "mAP75", result.precision_at_75, ACCENT),
+    )
+    for iou, key, precision, colour in curves:
+        score = f"   {key} {result.metrics[key]:.3f}" if key in result.metrics else ""
+        axes.plot(result.recall_thresholds, precision, color=colour, linewidth=2, label=f"IoU {iou}{score}")
+        axes.fill_between(result.recall_thresholds, precision, color=colour, alpha=0.08, linewidth=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision (mean over classes)")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def per_class_ap_figure(result: CocoResult, title: str) -> Figure:
+    """AP50-95 (dark) and AP50 (light) of every class with ground truth, the best on top."""
+    ranked = sorted(
+        ((one.ap50_95, one.ap50 or 0.0, one) for one in result.classes if one.ap50_95 is not None),
+        key=lambda row: (-row[0], row[2].name),
+    )
+    figure, axes = _figure(7.2, 1.5 + BAR_INCHES * max(len(ranked), 3))
+    places = range(len(ranked))
+    axes.barh(places, [ap50 for _, ap50, _ in ranked], color=LIGHT, height=BAR_HEIGHT, label="AP50")
+    axes.barh(places, [ap for ap, _, _ in ranked], color=DARK, height=BAR_HEIGHT, label="AP50-95")
+    for place, (ap, ap50, _) in enumerate(ranked):
+        axes.text(max(ap, ap50) + 0.008, place, f"{ap:.2f} / {ap50:.2f}", va="center", fontsize=7, color=GREY)
+    axes.set_yticks(places, [_label(one) for _, _, one in ranked], fontsize=8)
+    axes.set(
+        xlim=(0, 1.14), ylim=(max(len(ranked), 1) - 0.4, -0.6), xlabel="average precision (AP50-95 / AP50)"
+    )
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    figure.legend(frameon=False, loc="outside lower right", ncols=2, fontsize=8)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _label(one: ClassResult) -> str:
+    return f"{one.name} ({one.boxes})"

@@ -1,0 +1,1 @@
+"""Export to ONNX, clean the graph, and count what is in it."""

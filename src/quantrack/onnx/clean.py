@@ -1,0 +1,41 @@
+"""Simplify an exported graph without touching its quantizers; or turn it to float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxslim
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+from quantrack.errors import QuantrackError
+from quantrack.files import atomic_path
+from quantrack.onnx.inspect import count_nodes, load_onnx, require_same_qdq
+
+
+def clean_graph(source: Path, target: Path) -> None:
+    """Fold constants and shapes of `source` into `target`, every Q/DQ node kept.
+
+    Raises:
+        QuantrackError: the simplifier failed or a Q/DQ node vanished.
+    """
+    before = count_nodes(source)
+    try:
+        cleaned = onnxslim.slim(load_onnx(source))
+    except Exception as error:  # the simplifier raises whatever its passes meet
+        raise QuantrackError(f"{source}: onnxslim failed ({type(error).__name__}: {error})") from error
+    with atomic_path(target) as temporary:
+        onnx.save(cleaned, str(temporary))
+    require_same_qdq(before, count_nodes(target), target)
+
+
+def convert_to_float16(source: Path, target: Path) -> None:
+    """Write a float16 copy of a float32 graph; input and output stay float32.
+
+    Box decoding runs to 640 pixels, where float16 has steps of half a pixel, but it is computed per
+    stride in cells below 80, where steps are 1/16 cell at most.
+    """
+    model = load_onnx(source)
+    converted = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST)
+    with atomic_path(target) as temporary:
+        onnx.save(converted, str(temporary))

@@ -1,0 +1,110 @@
+"""Count an ONNX graph's nodes, check it, and read or write the facts it carries."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from quantrack.errors import QuantrackError
+from quantrack.files import atomic_path, file_digest
+
+QDQ_OPERATORS = ("QuantizeLinear", "DequantizeLinear")
+COUNTED = (*QDQ_OPERATORS, "Clip", "Conv")
+FACTS_KEY = "quantrack"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an exported file says of itself, so that it can be evaluated and compared on its own."""
+
+    model: str
+    model_digest: str
+    head: str
+    imgsz: int
+    mode: str
+    recipe: str
+    class_names: tuple[str, ...]
+    weight_bits_avg: float | None = None
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file.
+
+    Raises:
+        QuantrackError: the file is missing or is not ONNX.
+    """
+    if not path.is_file():
+        raise QuantrackError(f"onnx={path}: no such file")
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf's own exception types differ between its backends
+        raise QuantrackError(f"onnx={path}: not a readable ONNX file ({type(error).__name__})") from error
+
+
+def check_onnx(path: Path) -> None:
+    """Run `onnx.checker` with shape inference.
+
+    Raises:
+        QuantrackError: the checker refuses the graph.
+    """
+    model = load_onnx(path)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise QuantrackError(f"{path}: refused by onnx.checker ({first_line})") from error
+
+
+def count_nodes(path: Path) -> dict[str, int]:
+    """Nodes by operator name."""
+    return dict(Counter(node.op_type for node in load_onnx(path).graph.node))
+
+
+def node_metrics(counts: Mapping[str, int]) -> dict[str, float]:
+    """The node counts as metrics; an operator that is not in the graph counts 0."""
+    metrics = {f"nodes_{operator}": float(counts.get(operator, 0)) for operator in COUNTED}
+    return metrics | {"nodes_total": float(sum(counts.values()))}
+
+
+def require_same_qdq(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:
+    """Refuse a cleaned graph that lost or gained quantizers.
+
+    Raises:
+        QuantrackError: the count of QuantizeLinear or DequantizeLinear nodes differs.
+    """
+    for operator in QDQ_OPERATORS:
+        old, new = before.get(operator, 0), after.get(operator, 0)
+        if old != new:
+            raise QuantrackError(f"{path}: clean-up changed {operator} from {old} to {new}; quantization would be lost")
+
+
+def write_facts(path: Path, facts: ModelFacts) -> None:
+    """Store the facts in the file's metadata."""
+    model = load_onnx(path)
+    onnx.helper.set_model_props(model, {FACTS_KEY: json.dumps(asdict(facts))})
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
+
+
+def file_facts(path: Path, head: str, imgsz: int) -> ModelFacts:
+    """The facts that a file carries; for one that Quantrack did not write, what can be seen of it.
+
+    Raises:
+        QuantrackError: the file is missing or is not ONNX.
+    """
+    carried = read_facts(path)
+    return carried or ModelFacts(path.stem, file_digest(path), head, imgsz, "external", "external", ())
+
+
+def read_facts(path: Path) -> ModelFacts | None:
+    """The facts of a file that Quantrack wrote; None for any other ONNX file."""
+    for entry in load_onnx(path).metadata_props:
+        if entry.key == FACTS_KEY:
+            content = json.loads(entry.value)
+            return ModelFacts(**(content | {"class_names": tuple(content["class_names"])}))
+    return None

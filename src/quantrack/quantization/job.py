@@ -1,0 +1,73 @@
+"""What a recipe works on: the float detector, the model becoming quantized, calibration batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantrack.datasets.calibration import CalibrationSet
+from quantrack.detector.load import Detector
+from quantrack.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """What one convolution's input looked like over the calibration pictures.
+
+    `input_power` is the mean square of each input channel, shape [in_channels].
+    """
+
+    minimum: float
+    maximum: float
+    input_power: Tensor
+
+
+@dataclass
+class QuantizationJob:
+    """The state that a recipe's steps hand on. `float_model` is never changed."""
+
+    float_model: nn.Module
+    model: nn.Module
+    scheme: Scheme
+    calibration: CalibrationSet
+    imgsz: int
+    device: torch.device
+    batch: int = 8
+    statistics: Mapping[str, ActivationStatistics] = field(default_factory=dict)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Calibration inputs, shape [<=batch, 3, imgsz, imgsz], on the job's device."""
+        for array in self.calibration.batches(self.imgsz, self.batch):
+            yield torch.from_numpy(array).to(self.device)
+
+    @property
+    def batch_count(self) -> int:
+        return -(-len(self.calibration.paths) // self.batch)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: its name, its time, and its figures by name."""
+
+    step: str
+    seconds: float
+    figures: Mapping[str, float]
+
+
+class Step(Protocol):
+    """One algorithm with its settings; `apply` changes `job.model` and returns its figures."""
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]: ...
+
+
+def new_job(
+    detector: Detector, scheme: Scheme, calibration: CalibrationSet, imgsz: int, device: torch.device
+) -> QuantizationJob:
+    """A job whose model is still the float one, ready for a recipe's first step."""
+    float_model = detector.model.to(device)
+    return QuantizationJob(float_model, copy.deepcopy(float_model), scheme, calibration, imgsz, device)

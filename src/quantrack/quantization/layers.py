@@ -1,0 +1,157 @@
+"""Brevitas convolutions with explicit scales: make them, find them, set and read their scales.
+
+Scales and zero points are parameters (not statistics that Brevitas recomputes), so that each step
+of a recipe can choose them, and training can learn them as in LSQ (arXiv:1902.08153).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import brevitas.nn as qnn
+import torch
+from brevitas.core.scaling import ParameterScaling  # noqa: F401 - documents what `scaling_impl` is
+from brevitas.core.zero_point import ParameterZeroPoint
+from brevitas.graph.quantize import layerwise_quantize
+from brevitas.inject import this
+from brevitas.inject.enum import ScalingImplType
+from brevitas.quant.base import (
+    IntQuant,
+    NarrowIntQuant,
+    PerChannelFloatScaling8bit,
+    PerTensorFloatScaling8bit,
+    UintQuant,
+)
+from brevitas.quant.solver.act import ActQuantSolver
+from brevitas.quant.solver.weight import WeightQuantSolver
+from torch import Tensor, nn
+
+UNSET = 1.0
+
+
+class WeightPerChannel(NarrowIntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
+    """Symmetric weights, one scale per output channel, narrow range ([-7, 7] at 4 bits)."""
+
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_init = UNSET
+
+
+class SymmetricActivation(IntQuant, PerTensorFloatScaling8bit, ActQuantSolver):
+    """Signed INT8 activations, one scale per tensor, zero point 0."""
+
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_init = UNSET
+
+
+class AsymmetricActivation(UintQuant, PerTensorFloatScaling8bit, ActQuantSolver):
+    """Unsigned INT8 activations, one scale and one zero point per tensor."""
+
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_init = UNSET
+    quantize_zero_point = True
+    zero_point_impl = ParameterZeroPoint
+    zero_point_init = 0.0
+    zero_point_shape = this.scaling_shape
+
+
+ACTIVATION_QUANTIZERS = {"symmetric": SymmetricActivation, "asymmetric": AsymmetricActivation}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one convolution is quantized; `activation` is None where its input stays float."""
+
+    weight_bits: int
+    activation: str | None
+
+
+def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
+    """Replace the planned convolutions by Brevitas' quantized ones, in place, scales still unset."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    kinds = {kind: ACTIVATION_QUANTIZERS[kind] if kind else None for kind in ("symmetric", "asymmetric", None)}
+    settings = {
+        "weight_quant": WeightPerChannel,
+        "weight_bit_width": lambda module, name: plan[name].weight_bits,
+        "input_quant": lambda module, name: kinds[plan[name].activation],
+        "bias_quant": None,
+        "return_quant_tensor": False,
+    }
+    device = next(model.parameters()).device
+    layerwise_quantize(
+        model, {nn.Conv2d: (qnn.QuantConv2d, settings)}, [name for name in names if name not in plan]
+    )
+    model.to(device).eval().requires_grad_(False)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, qnn.QuantConv2d]:
+    """The quantized convolutions by module name, in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, qnn.QuantConv2d)}
+
+
+def weight_bits(layer: qnn.QuantConv2d) -> int:
+    return int(layer.weight_quant.bit_width())
+
+
+def weight_limit(bits: int) -> int:
+    """The largest integer of the narrow symmetric range: 7 at 4 bits, 127 at 8."""
+    return 2 ** (bits - 1) - 1
+
+
+def set_weight_scale(layer: qnn.QuantConv2d, scale: Tensor) -> None:
+    """Set the scale per output channel, shape [out_channels]."""
+    parameter = layer.weight_quant.tensor_quant.scaling_impl.value
+    limit = weight_limit(weight_bits(layer))  # Brevitas keeps the range, not the step
+    parameter.data.copy_((scale * limit).reshape(parameter.shape))
+
+
+def weight_scale(layer: qnn.QuantConv2d) -> Tensor:
+    """The scale per output channel, shape [out_channels]."""
+    scale: Tensor = layer.quant_weight().scale
+    return scale.detach().reshape(-1)
+
+
+def set_activation_range(layer: qnn.QuantConv2d, minimum: float, maximum: float) -> None:
+    """Set the input quantizer's range; a symmetric one covers the larger side."""
+    quantizer = layer.input_quant.fused_activation_quant_proxy.tensor_quant
+    scaling = quantizer.scaling_impl.value
+    low, high = min(minimum, 0.0), max(maximum, 0.0)
+    if isinstance(quantizer.zero_point_impl, ParameterZeroPoint):
+        scaling.data.fill_(max(high - low, 1e-8))
+        quantizer.zero_point_impl.value.data.fill_(-low)
+    else:
+        # signed integers reach 127 upwards; Brevitas divides the range by 128
+        scaling.data.fill_(max(-low, high, 1e-8) * 128 / 127)
+
+
+@dataclass(frozen=True)
+class ActivationQuantization:
+    """An input quantizer as the exported graph states it."""
+
+    scale: float
+    zero_point: int
+    signed: bool
+
+    @property
+    def minimum(self) -> float:
+        return (-128 if self.signed else 0 - self.zero_point) * self.scale
+
+    @property
+    def maximum(self) -> float:
+        return (127 if self.signed else 255 - self.zero_point) * self.scale
+
+
+def activation_quantization(layer: qnn.QuantConv2d) -> ActivationQuantization | None:
+    """The input quantizer's scale and zero point; None where activations stay float."""
+    proxy = layer.input_quant
+    if not proxy.is_quant_enabled:
+        return None
+    scale, zero_point = float(proxy.scale()), round(float(proxy.zero_point()))
+    return ActivationQuantization(scale, zero_point, bool(proxy.is_signed))
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round a weight [O, I/g, kh, kw] to its grid and back; scale has shape [O]."""
+    limit = weight_limit(bits)
+    step = scale.reshape(-1, 1, 1, 1)
+    return torch.clamp(torch.round(weight / step), -limit, limit) * step

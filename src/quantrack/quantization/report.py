@@ -1,0 +1,59 @@
+"""What quantization did, as records for `calibration.json` and `layers.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from quantrack.detector.roles import convolution_roles
+from quantrack.quantization.job import QuantizationJob, StepReport
+from quantrack.quantization.layers import activation_quantization, quantized_layers, weight_bits, weight_scale
+
+
+def calibration_record(job: QuantizationJob, seed: int, steps: Sequence[StepReport]) -> dict[str, object]:
+    """Pictures, preprocessing and every activation quantizer's scale, zero point and range."""
+    quantizers = {}
+    for name, layer in quantized_layers(job.model).items():
+        chosen = activation_quantization(layer)
+        if chosen is not None:
+            quantizers[name] = asdict(chosen) | {"minimum": chosen.minimum, "maximum": chosen.maximum}
+    return {
+        "images": len(job.calibration.paths),
+        "seed": seed,
+        "list": job.calibration.source,
+        "digest": job.calibration.digest,
+        "preprocessing": {"letterbox": job.imgsz, "pad": 114, "channels": "RGB", "range": [0, 1]},
+        "steps": [asdict(step) for step in steps],
+        "activation_quantizers": quantizers,
+    }
+
+
+def layer_records(job: QuantizationJob) -> list[dict[str, object]]:
+    """One row per convolution: its role, weights, bits and kinds of scale."""
+    quantized = quantized_layers(job.model)
+    rows: list[dict[str, object]] = []
+    for name, role in convolution_roles(job.float_model).items():
+        layer = quantized.get(name)
+        row: dict[str, object] = {"layer": name, "role": role.value}
+        if layer is None:
+            rows.append(row | {"weight_bits": "float", "activation_bits": "float"})
+            continue
+        activation = activation_quantization(layer)
+        scales = weight_scale(layer)
+        rows.append(
+            row
+            | {
+                "weights": layer.weight.numel(),
+                "weight_bits": weight_bits(layer),
+                "weight_scale": "per output channel, symmetric",
+                "weight_scale_min": float(scales.min()),
+                "weight_scale_max": float(scales.max()),
+                "activation_bits": "float" if activation is None else 8,
+                "activation_scale": "none" if activation is None else _kind(activation.signed),
+            }
+        )
+    return rows
+
+
+def _kind(signed: bool) -> str:
+    return "per tensor, symmetric" if signed else "per tensor, asymmetric"

@@ -1,0 +1,85 @@
+"""Steps: one scale per output channel for the weights, by range or by least error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantrack.errors import UsageError
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import (
+    fake_quantize,
+    quantized_layers,
+    set_weight_scale,
+    weight_bits,
+    weight_limit,
+)
+
+SMALLEST_SCALE = 1e-10
+
+
+@dataclass(frozen=True)
+class MinMaxWeightScales:
+    """The largest weight of each output channel becomes the largest integer."""
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        for layer in quantized_layers(job.model).values():
+            set_weight_scale(layer, min_max_scale(layer.weight, weight_bits(layer)))
+        return {}
+
+
+@dataclass(frozen=True)
+class MseWeightScales:
+    """The scale of least squared output error, searched over shrunken ranges.
+
+    Each weight's error counts with the mean square of the input channel that it meets: the diagonal
+    of the layer's Hessian, as in Optimal Brain Damage; without statistics every weight counts alike.
+    """
+
+    candidates: int = 80
+    smallest_shrink: float = 0.35
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2 or not 0 < self.smallest_shrink < 1:
+            raise UsageError("mse weight scales: candidates must be at least 2 and smallest_shrink in 0..1")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        before = after = 0.0
+        for name, layer in quantized_layers(job.model).items():
+            bits = weight_bits(layer)
+            importance = weight_importance(layer.weight, job.statistics[name].input_power, layer.groups)
+            start = min_max_scale(layer.weight, bits)
+            best = self.search(layer.weight.detach(), start, bits, importance)
+            set_weight_scale(layer, best)
+            before += float(channel_error(layer.weight, start, bits, importance).sum())
+            after += float(channel_error(layer.weight, best, bits, importance).sum())
+        return {"error_before": before, "error_after": after}
+
+    def search(self, weight: Tensor, start: Tensor, bits: int, importance: Tensor) -> Tensor:
+        """The best of `candidates` shrunken scales for each output channel, shape [O]."""
+        best, least = start, channel_error(weight, start, bits, importance)
+        for shrink in torch.linspace(self.smallest_shrink, 1.0, self.candidates).tolist():
+            error = channel_error(weight, start * shrink, bits, importance)
+            best = torch.where(error < least, start * shrink, best)
+            least = torch.minimum(error, least)
+        return best
+
+
+def min_max_scale(weight: Tensor, bits: int) -> Tensor:
+    """Largest magnitude of each output channel over the largest integer, shape [O]."""
+    return (weight.detach().abs().flatten(1).amax(dim=1) / weight_limit(bits)).clamp_min(SMALLEST_SCALE)
+
+
+def weight_importance(weight: Tensor, input_power: Tensor, groups: int) -> Tensor:
+    """The input power that each weight [O, I/g, kh, kw] meets, shape [O, I/g, 1, 1]."""
+    per_group = input_power.reshape(groups, -1)
+    return per_group.repeat_interleave(weight.shape[0] // groups, dim=0)[:, :, None, None]
+
+
+def channel_error(weight: Tensor, scale: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """Squared rounding error of each output channel, weighted, shape [O]."""
+    difference = (fake_quantize(weight.detach(), scale, bits) - weight.detach()).square()
+    return (difference * importance).flatten(1).sum(dim=1)

@@ -1,0 +1,1 @@
+"""Run an ONNX file in ONNX Runtime: provider, latency, placement, parity."""

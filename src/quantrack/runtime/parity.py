@@ -1,0 +1,90 @@
+"""How far ONNX Runtime's outputs are from PyTorch's, on real pictures.
+
+Boxes are compared as a fraction of the input's side, so that they and the scores share one scale.
+A quantized network agrees only statistically: a value on a rounding edge may fall either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from quantrack.errors import QuantrackError
+from quantrack.runtime.session import Session
+
+SHOWN_SCORE = 0.05  # below it, the order of one-to-one rows is noise
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Mean and largest absolute difference; `unmatched` one-to-one detections had no partner."""
+
+    mean_abs: float
+    max_abs: float
+    pictures: int
+    unmatched: int
+
+    def metrics(self) -> dict[str, float]:
+        return {"parity_mean_abs": self.mean_abs, "parity_max_abs": self.max_abs}
+
+
+def measure_parity(
+    model: nn.Module, session: Session, inputs: Iterable[NDArray[np.float32]], head: str
+) -> Parity:
+    """Run the same pictures [3, imgsz, imgsz] through both.
+
+    Raises:
+        QuantrackError: an output is not finite.
+    """
+    device = next(model.parameters()).device
+    differences: list[NDArray[np.float32]] = []
+    pictures = unmatched = 0
+    for image in inputs:
+        with torch.no_grad():
+            expected = model(torch.from_numpy(image)[None].to(device))[0].cpu().numpy()
+        actual = session.run(image[None])[0]
+        if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
+            raise QuantrackError(f"{session.path}: the output is not finite; check the weights")
+        if head == "one2one":
+            expected, actual, lost = match_rows(expected, actual)
+            unmatched += lost
+        else:
+            expected, actual = expected.T, actual.T
+        scale = np.ones(expected.shape[1], np.float32)
+        scale[:4] = session.imgsz
+        differences.append(np.abs(expected - actual) / scale)
+        pictures += 1
+    values = np.concatenate([difference.ravel() for difference in differences])
+    if values.size == 0:  # no detection above the threshold in any picture: nothing to differ
+        return Parity(0.0, 0.0, pictures, unmatched)
+    return Parity(float(values.mean()), float(values.max()), pictures, unmatched)
+
+
+def match_rows(
+    expected: NDArray[np.float32], actual: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Pair one-to-one rows [300, 6] by class and nearest box; rows are sorted by score, which may swap.
+
+    Returns:
+        The paired (box, score) rows of both, shape [pairs, 5], and how many rows found no partner.
+    """
+    left: list[NDArray[np.float32]] = []
+    right: list[NDArray[np.float32]] = []
+    shown = expected[expected[:, 4] >= SHOWN_SCORE]
+    free = np.ones(len(actual), bool)
+    for row in shown:
+        same = np.flatnonzero(free & (actual[:, 5] == row[5]))
+        if len(same) == 0:
+            continue
+        nearest = same[np.abs(actual[same, :4] - row[:4]).sum(axis=1).argmin()]
+        free[nearest] = False
+        left.append(row[:5])
+        right.append(actual[nearest, :5])
+    empty = np.empty((0, 5), np.float32)
+    pairs = (np.stack(left), np.stack(right)) if left else (empty, empty)
+    return *pairs, len(shown) - len(left)

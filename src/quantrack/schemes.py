@@ -1,0 +1,46 @@
+"""Quantization modes: how many bits weights and activations get.
+
+`A8` means INT8 activations through Q/DQ, never FP8. `A16` means float activations: only weights
+are quantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantrack.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bit widths of one mode; `activation_bits` is None where activations stay float."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int | None
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w8a16", 8, None),
+        Scheme("w8a8", 8, 8),
+        Scheme("w4a16", 4, None),
+        Scheme("w4a8", 4, 8),
+    )
+}
+
+
+def parse_mode(mode: str) -> Scheme:
+    """The scheme of a mode name, in any case.
+
+    Raises:
+        UsageError: the mode is not one of the four.
+
+    >>> parse_mode("W4A8")
+    Scheme(name='w4a8', weight_bits=4, activation_bits=8)
+    """
+    scheme = SCHEMES.get(mode.strip().lower())
+    if scheme is None:
+        raise UsageError(f"mode={mode}: unknown mode; use one of {', '.join(SCHEMES)}")
+    return scheme

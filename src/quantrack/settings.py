@@ -1,0 +1,165 @@
+"""The settings of every entry point: one frozen dataclass each, validated before work starts.
+
+A field is an `MLproject` parameter, an option of the pipeline's command line and a logged parameter,
+under one name and with one default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
+from quantrack.errors import UsageError
+from quantrack.quantization.recipe import parse_recipe
+from quantrack.runtime.session import parse_provider
+from quantrack.schemes import parse_mode
+
+T = TypeVar("T")
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+HEADS = ("one2one", "one2many")
+PRECISIONS = ("fp32", "fp16")
+DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
+
+
+def _setting(default: str | int | bool, description: str) -> Any:  # noqa: ANN401 - dataclasses.field is untyped
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True)
+class SharedSettings:
+    """What every entry point that runs a detector understands."""
+
+    model: str = _setting("yolov10m.pt", "Checkpoint path, downloadable name, *.yaml architecture, or demo.")
+    data_root: str = _setting("datasets/coco2017/source-data", "Folder in the official COCO layout, or demo.")
+    calib_list: str = _setting(DEFAULT_CALIBRATION_LIST, "List of calibration pictures, or random.")
+    calib_images: int = _setting(100, "Calibration pictures; 0 = all.")
+    eval_images: int = _setting(100, "Evaluation pictures, the first by id; 0 = all.")
+    imgsz: int = _setting(640, "Side of the square network input in pixels.")
+    head: str = _setting("one2one", "one2one (NMS-free) or one2many (with NMS).")
+    device: str = _setting("auto", "PyTorch device: auto, cpu or cuda.")
+    provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda or cpu.")
+    seed: int = _setting(0, "Seed of everything random.")
+    latency_runs: int = _setting(100, "Timed runs.")
+    trust_checkpoint: bool = _setting(False, "Load a checkpoint that the safe loader refuses.")
+
+    def __post_init__(self) -> None:
+        _require(self.head in HEADS, f"head={self.head}: unknown head; use one of {', '.join(HEADS)}")
+        parse_provider(self.provider)
+        for name in ("calib_images", "eval_images", "seed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}: must not be negative")
+        for name in ("imgsz", "latency_runs"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value}: must be at least 1")
+
+    @property
+    def data_folder(self) -> Path:
+        """The data root; `demo` stands for the embedded one."""
+        return demo_folder() if self.data_root == DEMO else Path(self.data_root)
+
+    @property
+    def calibration_list(self) -> str:
+        """The calibration list; the default list names COCO pictures, so the demo has its own."""
+        if self.data_root == DEMO and self.calib_list == DEFAULT_CALIBRATION_LIST:
+            return str(demo_calibration_list())
+        return self.calib_list
+
+
+@dataclass(frozen=True)
+class BaselineSettings(SharedSettings):
+    """The float detector."""
+
+    precision: str = _setting("fp32", "fp32 or fp16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ", ".join(PRECISIONS)
+        _require(self.precision in PRECISIONS, f"precision={self.precision}: unknown precision; use one of {known}")
+
+
+@dataclass(frozen=True)
+class PtqSettings(SharedSettings):
+    """Post-training quantization."""
+
+    mode: str = _setting("w4a8", "w8a16, w8a8, w4a16 or w4a8.")
+    recipe: str = _setting("default", "naive or default.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_mode(self.mode)
+        parse_recipe(self.recipe)
+
+
+@dataclass(frozen=True)
+class OnnxSettings(SharedSettings):
+    """An exported file, to evaluate or to time."""
+
+    onnx: str = _setting("", "An ONNX file, runs:/RUN_ID/onnx/FILE.onnx or models:/NAME@ALIAS.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(bool(self.onnx), "onnx: missing; give a file, runs:/RUN_ID/onnx/FILE.onnx or models:/NAME@ALIAS")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to download, or the copy to build from."""
+
+    data_root: str = _setting("datasets/coco2017/source-data", "Folder to prepare.")
+    calib_list: str = _setting(DEFAULT_CALIBRATION_LIST, "List of calibration pictures to fetch.")
+    calib_images: int = _setting(100, "Calibration pictures; 0 = all of the list.")
+    eval_images: int = _setting(100, "Evaluation pictures, the first by id; 0 = all.")
+    images: str = _setting("listed", "listed (one by one) or all (the full archives).")
+    source: str = _setting("", "Build from this folder in the official layout instead of downloading.")
+    base_url: str = _setting("http://images.cocodataset.org", "Where COCO is served.")
+
+
+def parse_settings(settings_type: type[T], values: Mapping[str, str]) -> T:
+    """Settings from texts, as the command line and `mlflow run -P` give them.
+
+    Raises:
+        UsageError: a value has the wrong type or is refused by the settings' own checks.
+    """
+    hints = get_type_hints(settings_type)
+    return settings_type(**{name: _convert(name, text, hints[name]) for name, text in values.items()})
+
+
+def setting_texts(settings: object) -> dict[str, str]:
+    """The settings as they are logged: every field as text, booleans in lower case."""
+    return {item.name: _text(getattr(settings, item.name)) for item in fields(settings)}  # type: ignore[arg-type]
+
+
+def shared_texts(settings: SharedSettings) -> dict[str, str]:
+    """The settings that every entry point has, as they are logged."""
+    texts = setting_texts(settings)
+    return {item.name: texts[item.name] for item in fields(SharedSettings)}
+
+
+def default_texts(settings_type: type[object]) -> dict[str, str]:
+    """Each field's default as text, by name."""
+    return {item.name: _text(item.default) for item in fields(settings_type)}  # type: ignore[arg-type]
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _convert(name: str, text: str, kind: type) -> str | int | bool:
+    text = text.strip()
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise UsageError(f"{name}={text}: not a whole number") from None
+    if kind is bool:
+        _require(text.lower() in TRUTH, f"{name}={text}: use true or false")
+        return TRUTH[text.lower()]
+    return "" if text in ("''", '""') else text
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

@@ -1,0 +1,99 @@
+"""The float baseline: measured by its own entry point, and found again (or made) by all others."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run
+
+from quantrack.datasets.coco import EvaluationSet
+from quantrack.detector.load import Detector
+from quantrack.evaluation.coco_metrics import detections_from_json, drop_points
+from quantrack.evaluation.measure import prove
+from quantrack.evaluation.types import Detection
+from quantrack.onnx.files import export_float_files
+from quantrack.onnx.inspect import ModelFacts
+from quantrack.progress import say
+from quantrack.runtime.session import open_session
+from quantrack.tracking.log import log_inputs, log_samples
+from quantrack.tracking.result import ComparisonKey, log_result
+from quantrack.tracking.run import name_run, tracked_run
+
+ACCURACY = "mAP50-95"
+FLOAT_RECIPE = "float"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The float32 result that another one is held against."""
+
+    run_id: str
+    metrics: Mapping[str, float]
+    detections: Sequence[Detection]
+
+    def drop(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`mAP50-95_drop` in points; absent where either side was not measured."""
+        if ACCURACY not in metrics or ACCURACY not in self.metrics:
+            return {}
+        return {f"{ACCURACY}_drop": drop_points(self.metrics[ACCURACY], metrics[ACCURACY])}
+
+
+def measure_baseline(
+    detector: Detector, facts: ModelFacts, evaluation_set: EvaluationSet, provider: str, latency_runs: int
+) -> Baseline:
+    """Export the float detector in the precision of `facts.mode`, prove it, log it in the active run."""
+    log_inputs(evaluation_set, None)
+    with tempfile.TemporaryDirectory() as folder:
+        files = export_float_files(detector.model, facts, Path(folder))
+        session = open_session(files.optimized, provider)
+        proof = prove(session, evaluation_set, facts.head, latency_runs, detector.model)
+        metrics = log_result(files, facts, proof, evaluation_set, {})
+    log_samples(evaluation_set, None, proof.detections)
+    active = mlflow.active_run()
+    return Baseline(active.info.run_id if active else "", metrics, proof.detections)
+
+
+def find_baseline(key: ComparisonKey) -> Baseline | None:
+    """The newest finished float32 baseline of the same key in the active run's experiment."""
+    active = mlflow.active_run()
+    wanted = {"entry_point": "baseline", "mode": "fp32"} | key.tags()
+    clauses = [f"tags.`{name}` = '{value}'" for name, value in wanted.items()]
+    runs = mlflow.search_runs(
+        experiment_ids=[active.info.experiment_id] if active else None,
+        filter_string=" and ".join([*clauses, "attributes.status = 'FINISHED'"]),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    return _read_baseline(runs[0]) if runs else None
+
+
+def find_or_measure_baseline(
+    detector: Detector,
+    facts: ModelFacts,
+    evaluation_set: EvaluationSet,
+    key: ComparisonKey,
+    parameters: Mapping[str, str],
+    latency_runs: int,
+) -> Baseline:
+    """Reuse the float32 baseline of this key, or measure it in a nested run of the same settings."""
+    baseline = find_baseline(key)
+    if baseline is not None:
+        say(f"float32 baseline: reusing run {baseline.run_id}")
+    else:
+        say("float32 baseline: not in this experiment yet; measuring it in a nested run")
+        with tracked_run("baseline", {**parameters, "precision": "fp32"}, nested=True):
+            name_run(f"baseline-fp32-{facts.model}")
+            baseline = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs)
+    mlflow.set_tag("baseline_run_id", baseline.run_id)
+    return baseline
+
+
+def _read_baseline(run: Run) -> Baseline:
+    text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/detections.json")
+    return Baseline(run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)))

@@ -1,0 +1,73 @@
+"""What a result was measured on: machine, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from quantrack.runtime.session import CUDA
+
+PACKAGES = (
+    "quantrack", "brevitas", "mlflow", "numpy", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim",
+    "pycocotools", "torch", "torchvision", "ultralytics",
+)  # fmt: skip
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what can change a number; a package that is not installed is absent."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            continue
+    return found | {"python": platform.python_version()}
+
+
+def device_name(provider: str) -> str:
+    """The processor behind an ONNX Runtime provider."""
+    return torch.cuda.get_device_name(0) if provider == CUDA else cpu_name()
+
+
+def cpu_name() -> str:
+    """The CPU's model name and its usable cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def environment_record(provider: str) -> dict[str, object]:
+    """Everything above for `environment.json`."""
+    return {
+        "versions": installed_versions(),
+        "platform": platform.platform(),
+        "provider": provider,
+        "device": device_name(provider),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    } | git_commit()
+
+
+def git_commit() -> dict[str, str]:
+    """The source's commit, marked when the tree was changed; empty outside a git clone."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git_commit": f"{commit}-dirty" if changed else commit}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,139 @@
+"""Write a run's results to MLflow: flat metric names shared by every entry point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlflow
+import yaml
+from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
+
+from quantrack.datasets.calibration import CalibrationSet
+from quantrack.datasets.coco import EvaluationSet
+from quantrack.datasets.download import PreparedData
+from quantrack.evaluation.coco_metrics import detections_json
+from quantrack.evaluation.measure import Proof
+from quantrack.evaluation.plots import per_class_ap_figure, precision_recall_figure
+from quantrack.evaluation.samples import choose_samples, sample_picture
+from quantrack.evaluation.types import Detection
+from quantrack.onnx.files import ExportedFiles
+from quantrack.quantization.insert import average_weight_bits
+from quantrack.quantization.job import QuantizationJob, StepReport
+from quantrack.quantization.report import calibration_record, layer_records
+from quantrack.settings import SharedSettings, setting_texts
+from quantrack.tracking.environment import device_name, environment_record
+from quantrack.tracking.run import log_new_parameters, name_run
+
+DIGEST_LENGTH = 32  # MLflow keeps 36 characters at most
+
+
+def evaluation_dataset(evaluation_set: EvaluationSet) -> MetaDataset:
+    """The evaluation pictures as an MLflow dataset with our digest."""
+    return _dataset(evaluation_set.root, evaluation_set.name, evaluation_set.digest)
+
+
+def log_inputs(evaluation_set: EvaluationSet, calibration: CalibrationSet | None) -> None:
+    """Log what was read, so that runs are compared only where it is the same."""
+    mlflow.log_input(evaluation_dataset(evaluation_set), context="evaluation")
+    mlflow.set_tag("evaluation_digest", evaluation_set.digest)
+    if calibration is not None:
+        mlflow.log_input(
+            _dataset(calibration.paths[0].parent, calibration.name, calibration.digest), context="calibration"
+        )
+        mlflow.set_tag("calibration_digest", calibration.digest)
+
+
+def _dataset(folder: Path, name: str, digest: str) -> MetaDataset:
+    source: FileSystemDatasetSource = LocalArtifactDatasetSource(folder.resolve().as_uri())
+    return MetaDataset(source, name=name, digest=digest[:DIGEST_LENGTH])
+
+
+def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str, object] | None = None) -> None:
+    """`config.yaml`: the settings, and what `auto` and the like came to; names and parameters the run."""
+    texts = setting_texts(settings)
+    log_new_parameters(texts)
+    content = {"settings": texts, "resolved": {"data_root": str(settings.data_folder), **(resolved or {})}}
+    mlflow.log_text(yaml.safe_dump(content, sort_keys=False), "config.yaml")
+    name_run(run_name)
+
+
+def log_quantization(
+    job: QuantizationJob, seed: int, reports: Sequence[StepReport]
+) -> dict[str, float]:
+    """`calibration.json` and `layers.json`; returns the metrics of the quantization itself."""
+    log_json(calibration_record(job, seed, reports), "calibration.json")
+    log_json(layer_records(job), "layers.json")
+    return {
+        "weight_bits_avg": average_weight_bits(job.model),
+        "quantize_seconds": sum(report.seconds for report in reports),
+    }
+
+
+def log_files(files: ExportedFiles) -> None:
+    """Both ONNX files, and the node counts before and after clean-up."""
+    for path in (files.plain, files.optimized):
+        mlflow.log_artifact(str(path), "onnx")
+    log_json({"exported": files.plain_nodes, "cleaned": files.optimized_nodes}, "nodes.json")
+    mlflow.log_metrics(files.metrics())
+
+
+def log_json(content: object, name: str) -> None:
+    """A JSON artifact."""
+    mlflow.log_text(json.dumps(content, indent=2) + "\n", name)
+
+
+def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
+    """Metrics, detections, per-class table, plots and environment of one measured file."""
+    mlflow.log_metrics(proof.metrics())
+    log_provider(proof.speed.provider)
+    log_json(proof.coco.metrics, "coco_metrics.json")
+    log_json(detections_json(proof.detections), "detections.json")
+    rows = [row for row in proof.coco.classes if row.ap50_95 is not None]
+    table = {
+        "class": [row.name for row in rows],
+        "AP50-95": [row.ap50_95 for row in rows],
+        "AP50": [row.ap50 for row in rows],
+        "boxes": [row.boxes for row in rows],
+    }
+    mlflow.log_table(table, "per_class_ap.json")
+    title = f"{evaluation_set.name}, mAP50-95 {proof.coco.metrics['mAP50-95']:.3f}"
+    mlflow.log_figure(precision_recall_figure(proof.coco, title), "plots/precision_recall.png")
+    mlflow.log_figure(per_class_ap_figure(proof.coco, title), "plots/per_class_ap.png")
+
+
+def log_provider(provider: str) -> None:
+    """Which provider ran on which processor, and the versions."""
+    mlflow.set_tags({"provider": provider, "device_name": device_name(provider)})
+    log_json(environment_record(provider), "environment.json")
+
+
+def log_samples(
+    evaluation_set: EvaluationSet, float_detections: Sequence[Detection] | None, detections: Sequence[Detection]
+) -> None:
+    """Sample pictures with true, float and quantized boxes side by side."""
+    for picture in choose_samples(evaluation_set):
+        panels = sample_picture(
+            picture,
+            [box for box in evaluation_set.boxes if box.image_id == picture.id],
+            None if float_detections is None else [d for d in float_detections if d.image_id == picture.id],
+            [d for d in detections if d.image_id == picture.id],
+            evaluation_set.categories,
+        )
+        mlflow.log_image(panels, f"samples/{picture.id:012d}.png")
+
+
+def log_prepared_data(prepared: PreparedData) -> None:
+    """How many pictures are there, and how many of them this run fetched."""
+    name_run("data")
+    mlflow.log_metrics(
+        {
+            "pictures": float(prepared.pictures),
+            "pictures_downloaded": float(prepared.downloaded),
+            "pictures_reused": float(prepared.reused),
+            "downloaded_mb": prepared.bytes_downloaded / 1_000_000,
+        }
+    )

@@ -1,0 +1,111 @@
+"""Log one measured export: what every entry point that exports or evaluates has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+
+from quantrack.datasets.coco import EvaluationSet
+from quantrack.detector.load import Detector
+from quantrack.evaluation.measure import Proof, Speed
+from quantrack.onnx.files import ExportedFiles, file_metrics
+from quantrack.onnx.inspect import ModelFacts
+from quantrack.tracking.log import log_files, log_proof, log_provider
+from quantrack.tracking.models import log_model
+from quantrack.tracking.summary import log_summary
+
+
+@dataclass(frozen=True)
+class ComparisonKey:
+    """Two results may be compared only where all of this is equal."""
+
+    model_digest: str
+    evaluation_digest: str
+    head: str
+    imgsz: int
+    provider: str
+
+    def tags(self) -> dict[str, str]:
+        return {
+            "model_digest": self.model_digest,
+            "evaluation_digest": self.evaluation_digest,
+            "head": self.head,
+            "imgsz": str(self.imgsz),
+            "provider": self.provider,
+        }
+
+
+def comparison_key(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> ComparisonKey:
+    """The key of a file measured on a set with a provider."""
+    return ComparisonKey(facts.model_digest, evaluation_set.digest, facts.head, facts.imgsz, provider)
+
+
+def detector_facts(
+    detector: Detector, imgsz: int, mode: str, recipe: str, weight_bits_avg: float | None = None
+) -> ModelFacts:
+    """What an exported file of this detector will say of itself."""
+    return ModelFacts(
+        detector.name, detector.digest, detector.head, imgsz, mode, recipe, detector.class_names, weight_bits_avg
+    )
+
+
+def log_result(
+    files: ExportedFiles,
+    facts: ModelFacts,
+    proof: Proof,
+    evaluation_set: EvaluationSet,
+    further: Mapping[str, float],
+) -> dict[str, float]:
+    """Log the files, the proof, the LoggedModel, tags and summary; returns all metrics."""
+    metrics = proof.metrics() | files.metrics() | dict(further)
+    log_files(files)
+    log_proof(proof, evaluation_set)
+    mlflow.log_metrics(metrics)
+    log_identity(facts, evaluation_set, proof.speed.provider)
+    log_model(files.optimized, f"{facts.model}-{facts.mode}", metrics, evaluation_set)
+    log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)
+    return metrics
+
+
+def log_evaluation(
+    path: Path, facts: ModelFacts, proof: Proof, evaluation_set: EvaluationSet, drop: Mapping[str, float]
+) -> None:
+    """Log the proof of a file that was exported elsewhere; the file itself is not logged again."""
+    metrics = proof.metrics() | file_metrics(path) | dict(drop)
+    if facts.weight_bits_avg is not None:
+        metrics["weight_bits_avg"] = facts.weight_bits_avg
+    log_proof(proof, evaluation_set)
+    mlflow.log_metrics(metrics)
+    log_identity(facts, evaluation_set, proof.speed.provider)
+    log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)
+
+
+def log_benchmark(path: Path, facts: ModelFacts, speed: Speed) -> None:
+    """Log a file's speed and size; accuracy was not measured and is absent."""
+    metrics = speed.metrics() | file_metrics(path)
+    mlflow.log_metrics(metrics)
+    log_provider(speed.provider)
+    tags = {"model_digest": facts.model_digest, "mode": facts.mode, "recipe": facts.recipe}
+    mlflow.set_tags(tags | {"model_name": facts.model, "imgsz": str(facts.imgsz), "head": facts.head})
+    measured = {"input": f"{facts.imgsz} px", "provider": speed.provider, "timed runs": str(speed.latency.runs)}
+    log_summary(f"{facts.model} {facts.mode} {facts.recipe}: speed", measured, metrics)
+
+
+def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> None:
+    """Tags to filter by, and those that say which runs may be compared."""
+    key = comparison_key(facts, evaluation_set, provider)
+    mlflow.set_tags(key.tags() | {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model})
+
+
+def measured_on(facts: ModelFacts, evaluation_set: EvaluationSet, proof: Proof) -> dict[str, str]:
+    """The circumstances that a number means nothing without."""
+    return {
+        "pictures": f"{len(evaluation_set.pictures)} ({evaluation_set.name}, digest {evaluation_set.digest[:12]})",
+        "head": facts.head,
+        "input": f"{facts.imgsz} px",
+        "provider": proof.speed.provider,
+        "timed runs": str(proof.speed.latency.runs),
+    }

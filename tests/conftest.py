@@ -1,0 +1,57 @@
+"""Fixtures for all rooms."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import mlflow
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def real_inputs() -> Path:
+    """Real COCO pictures and real weights; the test skips where they are absent."""
+    folder = Path(os.environ.get("QUANTRACK_REAL_INPUTS", ROOT.parent / "shared"))
+    if not (folder / "weights/yolov10n.pt").is_file():
+        pytest.skip(f"no real inputs at {folder}; set QUANTRACK_REAL_INPUTS")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh MLflow store in a folder of its own, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    while mlflow.active_run():
+        mlflow.end_run()
+
+
+def write_picture(path: Path, width: int = 64, height: int = 48, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), pixels)
+
+
+@pytest.fixture
+def coco_root(tmp_path: Path) -> Path:
+    """Four annotated val pictures and four train pictures in the official layout, two classes."""
+    root = tmp_path / "coco"
+    images, annotations = [], []
+    for image_id in (30, 10, 20, 40):  # not in order, as in the official file
+        write_picture(root / f"val2017/{image_id:012d}.jpg", seed=image_id)
+        write_picture(root / f"train2017/{image_id:012d}.jpg", seed=image_id + 1)
+        images.append({"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": 64, "height": 48})
+        box = {"bbox": [8, 8, 20, 16], "area": 320, "iscrowd": 0}
+        annotations.append({"id": image_id, "image_id": image_id, "category_id": 7, **box})
+    categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    return root

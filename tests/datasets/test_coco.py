@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from quantrack.datasets.coco import load_evaluation_set
+from quantrack.errors import QuantrackError, UsageError
+
+
+def test_subset_is_the_first_ids_in_sorted_order(coco_root: Path) -> None:
+    chosen = load_evaluation_set(coco_root, 2)
+    assert [picture.id for picture in chosen.pictures] == [10, 20]
+    assert [category.name for category in chosen.categories] == ["dog", "cat"]
+    assert {box.image_id for box in chosen.boxes} == {10, 20}
+    assert len(load_evaluation_set(coco_root, 0).pictures) == 4
+
+
+def test_digest_covers_pictures_ids_and_annotations(coco_root: Path) -> None:
+    digest = load_evaluation_set(coco_root, 2).digest
+    assert load_evaluation_set(coco_root, 2).digest == digest
+    assert load_evaluation_set(coco_root, 3).digest != digest
+    (coco_root / "val2017/000000000010.jpg").write_bytes(
+        (coco_root / "val2017/000000000030.jpg").read_bytes()
+    )
+    assert load_evaluation_set(coco_root, 2).digest != digest
+
+
+def test_more_pictures_than_there_are(coco_root: Path) -> None:
+    with pytest.raises(UsageError, match=r"eval_images=5: .* lists only 4 pictures"):
+        load_evaluation_set(coco_root, 5)
+
+
+def test_missing_data_root_names_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(QuantrackError, match="no such folder.*model=demo"):
+        load_evaluation_set(tmp_path / "nowhere", 1)
+
+
+def test_missing_picture(coco_root: Path) -> None:
+    (coco_root / "val2017/000000000010.jpg").unlink()
+    with pytest.raises(QuantrackError, match=r"000000000010.jpg: missing"):
+        load_evaluation_set(coco_root, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no images, annotations, categories list"),
+        ('{"images": [], "annotations": [], "categories": []}', "lists no pictures"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks 'file_name'"),
+    ],
+)
+def test_broken_annotations(coco_root: Path, text: str, message: str) -> None:
+    (coco_root / "annotations/instances_val2017.json").write_text(text)
+    with pytest.raises(QuantrackError, match=message):
+        load_evaluation_set(coco_root, 1)
+
+
+def test_annotation_without_box(coco_root: Path) -> None:
+    path = coco_root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["bbox"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(QuantrackError, match="annotation .* lacks"):
+        load_evaluation_set(coco_root, 0)

@@ -54,15 +54,16 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--pictures", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--tune-epochs", type=int, default=3)
+    parser.add_argument("--tune-epochs", type=int, default=9)
     options = parser.parse_args()
     work: Path = options.work.resolve()
     os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_CONFIG_DIR"] = str(work / "settings")  # leaves the user's settings alone
-    from ultralytics import YOLO
+    from ultralytics import YOLO, settings
 
-    small = write_yolo_layout(work / "small", options.pictures, SMALL, TRAIN_SEED)
-    large = write_yolo_layout(work / "large", options.pictures // 3, ((640, 640), (640, 480)), TRAIN_SEED + 1)
+    settings.update({"mlflow": False})  # its callback would make runs of its own
+    small = write_yolo_layout(work / "scenes-small", options.pictures, SMALL, TRAIN_SEED)
+    large = write_yolo_layout(work / "scenes-large", options.pictures // 3, ((640, 640), (640, 480)), TRAIN_SEED + 1)
     common = {"device": "cpu", "workers": 0, "amp": False, "seed": 0, "plots": False, "project": str(work)}
     still = {"mosaic": 0.0, "translate": 0.05, "scale": 0.25, "degrees": 0.0, "erasing": 0.0, "cache": "ram"}
     model = YOLO(HERE / "yolov10n-demo.yaml")
@@ -70,12 +71,12 @@ def main() -> None:
         data=small, imgsz=320, epochs=options.epochs, batch=16, optimizer="AdamW", lr0=0.002, cos_lr=True,
         warmup_epochs=1, val=False, name="small", **common, **still,
     )  # fmt: skip
-    model = YOLO(work / "small/weights/last.pt")
+    model = YOLO(model.trainer.last)
     model.train(
-        data=large, imgsz=640, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.0004, cos_lr=True,
+        data=large, imgsz=640, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.001, cos_lr=True,
         warmup_epochs=0.2, val=False, name="large", **common, **still,
     )  # fmt: skip
-    shutil.copy(work / "large/weights/last.pt", work / "yolov10n-demo.pt")
+    shutil.copy(model.trainer.last, work / "yolov10n-demo.pt")
     print(f"trained: {work / 'yolov10n-demo.pt'}")
 
 

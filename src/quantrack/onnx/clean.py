@@ -21,7 +21,8 @@ def clean_graph(source: Path, target: Path) -> None:
     """
     before = count_nodes(source)
     try:
-        cleaned = onnxslim.slim(load_onnx(source))
+        # convolutions that share an input have equal quantizers; merging those is ONNX Runtime's business
+        cleaned = onnxslim.slim(load_onnx(source), skip_optimizations=["subexpression_elimination"])
     except Exception as error:  # the simplifier raises whatever its passes meet
         raise QuantrackError(f"{source}: onnxslim failed ({type(error).__name__}: {error})") from error
     with atomic_path(target) as temporary:

@@ -17,14 +17,10 @@ from quantrack.schemes import Scheme
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """What one convolution's input looked like over the calibration pictures.
-
-    `input_power` is the mean square of each input channel, shape [in_channels].
-    """
+    """The range of one convolution's input over the calibration pictures."""
 
     minimum: float
     maximum: float
-    input_power: Tensor
 
 
 @dataclass

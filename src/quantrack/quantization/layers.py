@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import brevitas.nn as qnn
 import torch
-from brevitas.core.scaling import ParameterScaling  # noqa: F401 - documents what `scaling_impl` is
 from brevitas.core.zero_point import ParameterZeroPoint
-from brevitas.graph.quantize import layerwise_quantize
 from brevitas.inject import this
 from brevitas.inject.enum import ScalingImplType
 from brevitas.quant.base import (
@@ -67,21 +65,37 @@ class LayerPlan:
 
 
 def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
-    """Replace the planned convolutions by Brevitas' quantized ones, in place, scales still unset."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    kinds = {kind: ACTIVATION_QUANTIZERS[kind] if kind else None for kind in ("symmetric", "asymmetric", None)}
-    settings = {
-        "weight_quant": WeightPerChannel,
-        "weight_bit_width": lambda module, name: plan[name].weight_bits,
-        "input_quant": lambda module, name: kinds[plan[name].activation],
-        "bias_quant": None,
-        "return_quant_tensor": False,
-    }
-    device = next(model.parameters()).device
-    layerwise_quantize(
-        model, {nn.Conv2d: (qnn.QuantConv2d, settings)}, [name for name in names if name not in plan]
+    """Replace the planned convolutions by Brevitas' quantized ones, in place, scales still unset.
+
+    Brevitas' own `layerwise_quantize` builds its layers on the meta device, where explicit scales
+    cannot be made.
+    """
+    for name, layer_plan in plan.items():
+        parent, _, child = name.rpartition(".")
+        convolution = model.get_submodule(name)
+        assert isinstance(convolution, nn.Conv2d)
+        setattr(model.get_submodule(parent), child, _quantized_twin(convolution, layer_plan))
+
+
+def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> qnn.QuantConv2d:
+    """The same convolution, its weights shared, with quantizers."""
+    twin = qnn.QuantConv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        dilation=convolution.dilation,
+        groups=convolution.groups,
+        bias=convolution.bias is not None,
+        weight_quant=WeightPerChannel,
+        weight_bit_width=plan.weight_bits,
+        input_quant=ACTIVATION_QUANTIZERS[plan.activation] if plan.activation else None,
+        return_quant_tensor=False,
     )
-    model.to(device).eval().requires_grad_(False)
+    twin.weight = convolution.weight
+    twin.bias = convolution.bias
+    return twin.to(convolution.weight.device).eval().requires_grad_(False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, qnn.QuantConv2d]:

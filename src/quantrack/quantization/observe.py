@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,27 +15,19 @@ from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 
 
 class _Watcher:
-    """Running minimum, maximum and channel power of one layer's input; memory does not grow."""
+    """Running minimum and maximum of one layer's input; memory does not grow."""
 
     def __init__(self) -> None:
         self.minimum, self.maximum = float("inf"), float("-inf")
-        self.power: Tensor | None = None
-        self.images = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(inputs[0])
         self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
-        power = x.square().mean(dim=(2, 3)).sum(dim=0)
-        self.power = power if self.power is None else self.power + power
-        self.images += x.shape[0]
 
     def statistics(self, name: str) -> ActivationStatistics:
-        if self.power is None:
-            raise QuantrackError(f"{name}: this convolution never ran during calibration")
-        if not torch.isfinite(self.power).all():
+        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum)):
             raise QuantrackError(f"{name}: its input is not finite on the calibration pictures; check the weights")
-        return ActivationStatistics(self.minimum, self.maximum, self.power / self.images)
+        return ActivationStatistics(self.minimum, self.maximum)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from quantrack.errors import UsageError
 from quantrack.progress import say
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, Step, StepReport
 from quantrack.quantization.observe import ObserveActivations
@@ -26,6 +27,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
         ObserveActivations(),
         MseWeightScales(),
         MinMaxActivationRanges(),
+        Gptq(),
         BiasCorrection(),
     ),
 }

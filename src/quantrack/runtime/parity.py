@@ -22,15 +22,21 @@ SHOWN_SCORE = 0.05  # below it, the order of one-to-one rows is noise
 
 @dataclass(frozen=True)
 class Parity:
-    """Mean and largest absolute difference; `unmatched` one-to-one detections had no partner."""
+    """Mean and largest absolute difference; `unmatched` one-to-one detections had no partner.
 
-    mean_abs: float
-    max_abs: float
+    The differences are None where no picture had a detection to compare.
+    """
+
+    mean_abs: float | None
+    max_abs: float | None
     pictures: int
     unmatched: int
 
     def metrics(self) -> dict[str, float]:
-        return {"parity_mean_abs": self.mean_abs, "parity_max_abs": self.max_abs}
+        counted = {"parity_unmatched": float(self.unmatched)}
+        if self.mean_abs is None or self.max_abs is None:
+            return counted
+        return counted | {"parity_mean_abs": self.mean_abs, "parity_max_abs": self.max_abs}
 
 
 def measure_parity(
@@ -60,8 +66,8 @@ def measure_parity(
         differences.append(np.abs(expected - actual) / scale)
         pictures += 1
     values = np.concatenate([difference.ravel() for difference in differences])
-    if values.size == 0:  # no detection above the threshold in any picture: nothing to differ
-        return Parity(0.0, 0.0, pictures, unmatched)
+    if values.size == 0:
+        return Parity(None, None, pictures, unmatched)
     return Parity(float(values.mean()), float(values.max()), pictures, unmatched)
 
 

@@ -29,6 +29,7 @@ def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_se
         model,
         name=name,
         signature=_signature(path),
+        save_as_external_data=False,  # one file, as it was measured
         pip_requirements=[f"{package}=={versions[package]}" for package in SERVING_PACKAGES],
     )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id, dataset=evaluation_dataset(evaluation_set))

@@ -1,0 +1,1 @@
+"""Load an Ultralytics detector safely, choose its head, fold BatchNorm; only this room knows Ultralytics."""

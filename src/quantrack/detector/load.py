@@ -1,0 +1,154 @@
+"""Load a detector from a checkpoint, a known name, an architecture or the demo; ready to quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantrack.datasets.demo import DEMO, demo_checkpoint
+from quantrack.detector.checkpoint import load_safely, load_trusting
+from quantrack.detector.environment import cache_folder, prepare
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.files import combined_digest, file_digest
+
+ONE2ONE = "one2one"
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A float detector with one head, BatchNorm folded, in evaluation mode.
+
+    `model` maps images [B, 3, S, S] (RGB, 0..1) to one tensor: one2one [B, 300, 6] as (x1, y1, x2,
+    y2, score, class), or one2many [B, 4 + classes, anchors] as (cx, cy, w, h, class scores); boxes
+    in network pixels. `digest` identifies the weights.
+    """
+
+    model: nn.Module
+    name: str
+    head: str
+    class_names: tuple[str, ...]
+    digest: str
+
+
+def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoint: bool) -> Detector:
+    """Load, choose the head, fold BatchNorm, and see the model work once at `imgsz`.
+
+    Raises:
+        QuantrackError: the source is missing, broken, refused, or no detection model.
+        UsageError: the model lacks the head, or `imgsz` does not fit its stride.
+    """
+    if source.endswith((".yaml", ".yml")):
+        model, digest = _build(source, seed)
+    else:
+        path = _find_checkpoint(source)
+        model = load_trusting(path) if trust_checkpoint else load_safely(path)
+        digest = file_digest(path)
+        source = str(path)
+    _require_detection(model, source)
+    _choose_head(model, head, source)
+    _require_stride(model, imgsz, source)
+    _fold(model, source)
+    with torch.no_grad():  # builds the anchors at this size, so that the export has them as constants
+        output = model(torch.zeros(1, 3, imgsz, imgsz))
+    if not isinstance(output, torch.Tensor):
+        raise QuantrackError(f"model={source}: its output is not one tensor; use an Ultralytics detection model")
+    names = model.names
+    ordered = tuple(str(names[index]) for index in range(len(names)))
+    return Detector(model, Path(source).stem, head, ordered, digest)
+
+
+def _build(source: str, seed: int) -> tuple[nn.Module, str]:
+    """An architecture with random weights; the digest is its description's and the seed's."""
+    prepare()
+    from ultralytics.nn.tasks import DetectionModel, guess_model_task, yaml_model_load
+
+    torch.manual_seed(seed)
+    try:
+        description = yaml_model_load(source)
+    except Exception as error:  # a missing file and broken YAML raise many kinds
+        raise QuantrackError(
+            f"model={source}: no such architecture ({type(error).__name__}); give a *.yaml file or an Ultralytics name"
+        ) from error
+    task = guess_model_task(description)
+    if task != "detect":
+        raise QuantrackError(f"model={source}: a {task} model; Quantrack takes detection models")
+    digest = combined_digest([repr(sorted(description.items(), key=str)), str(seed)])
+    try:
+        return DetectionModel(description, verbose=False).eval(), digest
+    except Exception as error:
+        raise QuantrackError(f"model={source}: cannot be built ({type(error).__name__}: {error})") from error
+
+
+def _find_checkpoint(source: str) -> Path:
+    """A file, the demo's, or one that Ultralytics publishes under this name."""
+    if source == DEMO:
+        return demo_checkpoint()
+    path = Path(source)
+    if path.is_file() or len(path.parts) > 1 or path.suffix != ".pt":
+        return path
+    cached = cache_folder() / "weights" / source
+    return cached if cached.is_file() else _download(source, cached)
+
+
+def _download(name: str, target: Path) -> Path:
+    prepare()
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+
+    if name not in GITHUB_ASSETS_NAMES:
+        raise QuantrackError(f"model={name}: no such file, and no model that Ultralytics publishes")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        attempt_download_asset(target, retry=1)
+    except Exception as error:  # network errors of many kinds
+        target.unlink(missing_ok=True)
+        raise QuantrackError(
+            f"model={name}: not here and cannot be downloaded ({type(error).__name__}); give a checkpoint's path, "
+            "or try the embedded demo: -P model=demo -P data_root=demo"
+        ) from error
+    if not target.is_file():
+        raise QuantrackError(
+            f"model={name}: not here and cannot be downloaded; give a checkpoint's path, "
+            "or try the embedded demo: -P model=demo -P data_root=demo"
+        )
+    return target
+
+
+def _require_detection(model: nn.Module, source: str) -> None:
+    from ultralytics.nn.modules import Detect, v10Detect
+    from ultralytics.nn.tasks import DetectionModel
+
+    layers = getattr(model, "model", None)
+    last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
+    if not isinstance(model, DetectionModel) or type(last) not in (Detect, v10Detect):
+        kind = type(model).__name__
+        raise QuantrackError(f"model={source}: a {kind}, not a detection model; use a YOLO detector")
+
+
+def _choose_head(model: nn.Module, head: str, source: str) -> None:
+    last = model.model[-1]
+    if head == ONE2ONE and getattr(last, "one2one_cv2", None) is None:
+        raise UsageError(f"head={head}: {Path(source).name} has no one-to-one head; use head=one2many")
+    last.end2end = head == ONE2ONE
+    if not last.end2end and last.cv2 is None:
+        raise UsageError(f"head={head}: {Path(source).name} has only its one-to-one head left; use head=one2one")
+
+
+def _require_stride(model: nn.Module, imgsz: int, source: str) -> None:
+    stride = int(model.stride.max())
+    if imgsz % stride:
+        raise UsageError(f"imgsz={imgsz}: must be a multiple of {stride}, the stride of {Path(source).name}")
+
+
+def _fold(model: nn.Module, source: str) -> None:
+    """Fold BatchNorm into the convolutions; the unused head branch goes with it."""
+    model.eval().requires_grad_(False)
+    model.fuse(verbose=False)
+    left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    if left:
+        raise QuantrackError(f"model={source}: BatchNorm of {left[0]} cannot be folded; use another architecture")
+    last = model.model[-1]
+    last.export = True  # one tensor out, instead of a tuple with the training outputs
+    last.format = "onnx"

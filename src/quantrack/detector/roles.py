@@ -1,0 +1,75 @@
+"""What part each convolution plays, by the kind of module it lies in, never by its name."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch import nn
+
+from quantrack.detector.environment import prepare
+
+
+class Role(Enum):
+    """The roles that quantization treats differently."""
+
+    FIRST = "first"
+    DFL = "dfl"
+    HEAD_OUTPUT = "head output"
+    DEPTHWISE = "depthwise"
+    ATTENTION = "attention"
+    BODY = "body"
+
+
+def convolution_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every convolution, quantized or not, by module name in module order."""
+    prepare()
+    from ultralytics.nn.modules import DFL, Attention, Detect
+
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        return {}
+    first = convolutions[0][1]
+    in_dfl = _convolutions_inside(model, (DFL,))
+    in_attention = _convolutions_inside(model, _attention_kinds(Attention))
+    outputs = {
+        id(branch[-1])
+        for head in model.modules()
+        if isinstance(head, Detect)
+        for branches in _active_branches(head)
+        for branch in branches
+    }
+
+    def role(module: nn.Conv2d) -> Role:
+        if module is first:
+            return Role.FIRST
+        if id(module) in in_dfl:
+            return Role.DFL
+        if id(module) in outputs:
+            return Role.HEAD_OUTPUT
+        if module.groups == module.in_channels and module.groups > 1:
+            return Role.DEPTHWISE
+        return Role.ATTENTION if id(module) in in_attention else Role.BODY
+
+    return {name: role(module) for name, module in convolutions}
+
+
+def _active_branches(head: nn.Module) -> list[nn.ModuleList]:
+    """Box and class branches that fusion left; which pair it is depends on the head chosen."""
+    names = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
+    return [branches for name in names if (branches := getattr(head, name, None)) is not None]
+
+
+def _attention_kinds(attention: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    from ultralytics.nn.modules import block
+
+    return (attention, block.AAttn)
+
+
+def _convolutions_inside(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    return {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for inner in module.modules()
+        if isinstance(inner, nn.Conv2d)
+    }

@@ -15,9 +15,7 @@ from quantrack.tracking.result import detector_facts
 def baseline(settings: BaselineSettings) -> None:
     """Export the float detector to ONNX, run it in ONNX Runtime, score it on COCO, log it to MLflow."""
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
-    detector = load_detector(
-        settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint
-    )
+    detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
     log_settings(settings, f"baseline-{settings.precision}-{detector.name}")
 

@@ -30,9 +30,7 @@ def ptq(settings: PtqSettings) -> None:
     calibration = load_calibration_set(
         settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
     )
-    detector = load_detector(
-        settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint
-    )
+    detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
     log_settings(settings, f"ptq-{scheme.name}-{settings.recipe}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)

@@ -115,9 +115,7 @@ def box_of(mask: Mask) -> list[float] | None:
     return [float(x), float(y), float(xs.max() + 1 - x), float(ys.max() + 1 - y)]
 
 
-def draw_scene(
-    size: tuple[int, int], rng: np.random.Generator
-) -> tuple[Image, list[tuple[int, list[float], float]]]:
+def draw_scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[Image, list[tuple[int, list[float], float]]]:
     """One picture (BGR) and its (class index, box, area) list."""
     width, height = size
     picture = background(size, rng)

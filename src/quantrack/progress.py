@@ -18,6 +18,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     yield from rich_track(items, description, total=total, console=_console, transient=True)
 
 
+def console() -> Console:
+    """The console that progress and status lines share."""
+    return _console
+
+
 def say(line: str) -> None:
     """One status line to the user, on standard error."""
     _console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -28,7 +28,7 @@ def test_random_draw_is_seeded(coco_root: Path) -> None:
 
 
 def test_missing_list(coco_root: Path) -> None:
-    with pytest.raises(QuantrackError, match="calib_list=nowhere.txt: no such file"):
+    with pytest.raises(QuantrackError, match=r"calib_list=nowhere.txt: no such file"):
         load_calibration_set("nowhere.txt", 1, coco_root, seed=0)
 
 

@@ -19,9 +19,7 @@ def test_digest_covers_pictures_ids_and_annotations(coco_root: Path) -> None:
     digest = load_evaluation_set(coco_root, 2).digest
     assert load_evaluation_set(coco_root, 2).digest == digest
     assert load_evaluation_set(coco_root, 3).digest != digest
-    (coco_root / "val2017/000000000010.jpg").write_bytes(
-        (coco_root / "val2017/000000000030.jpg").read_bytes()
-    )
+    (coco_root / "val2017/000000000010.jpg").write_bytes((coco_root / "val2017/000000000030.jpg").read_bytes())
     assert load_evaluation_set(coco_root, 2).digest != digest
 
 
@@ -31,7 +29,7 @@ def test_more_pictures_than_there_are(coco_root: Path) -> None:
 
 
 def test_missing_data_root_names_the_demo(tmp_path: Path) -> None:
-    with pytest.raises(QuantrackError, match="no such folder.*model=demo"):
+    with pytest.raises(QuantrackError, match=r"no such folder.*model=demo"):
         load_evaluation_set(tmp_path / "nowhere", 1)
 
 
@@ -61,5 +59,5 @@ def test_annotation_without_box(coco_root: Path) -> None:
     content = json.loads(path.read_text())
     del content["annotations"][0]["bbox"]
     path.write_text(json.dumps(content))
-    with pytest.raises(QuantrackError, match="annotation .* lacks"):
+    with pytest.raises(QuantrackError, match=r"annotation .* lacks"):
         load_evaluation_set(coco_root, 0)

@@ -56,9 +56,7 @@ def test_corners_in_the_wrong_order_give_an_empty_box() -> None:
 
 
 def test_one2one_drops_low_scores_and_sorts() -> None:
-    rows = one2one(
-        (0.0, 0.0, 9.0, 9.0, 0.2, 0.0), (0.0, 0.0, 9.0, 9.0, 0.0005, 0.0), (0.0, 0.0, 9.0, 9.0, 0.8, 0.0)
-    )
+    rows = one2one((0.0, 0.0, 9.0, 9.0, 0.2, 0.0), (0.0, 0.0, 9.0, 9.0, 0.0005, 0.0), (0.0, 0.0, 9.0, 9.0, 0.8, 0.0))
     found = decode(rows, "one2one", SAME, 1, CATEGORIES)
     assert [detection.score for detection in found] == pytest.approx([0.8, 0.2])
 

@@ -43,8 +43,6 @@ def make_job(calibration: CalibrationSet) -> Callable[[str], QuantizationJob]:
         float_model = TinyNet().eval().requires_grad_(False)
         model = TinyNet().eval().requires_grad_(False)
         model.load_state_dict(float_model.state_dict())
-        return QuantizationJob(
-            float_model, model, parse_mode(mode), calibration, 32, torch.device("cpu"), batch=3
-        )
+        return QuantizationJob(float_model, model, parse_mode(mode), calibration, 32, torch.device("cpu"), batch=3)
 
     return make

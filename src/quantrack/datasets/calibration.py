@@ -50,14 +50,19 @@ def load_calibration_set(calib_list: str, calib_images: int, data_root: Path, se
         drawn = random.Random(seed).sample(available, calib_images or len(available))
         paths = tuple(sorted(drawn))
     else:
-        lines = _read_list(Path(calib_list))
+        lines = read_list(Path(calib_list))
         _check_count(calib_images, len(lines), calib_list)
         paths = tuple(_resolve(line, data_root, calib_list) for line in lines[: calib_images or len(lines)])
     digest = combined_digest(f"{path.name} {file_digest(path)}" for path in paths)
     return CalibrationSet(calib_list, paths, digest)
 
 
-def _read_list(path: Path) -> list[str]:
+def read_list(path: Path) -> list[str]:
+    """The lines of a list file, without blanks and comments.
+
+    Raises:
+        QuantrackError: it is missing or empty.
+    """
     if not path.is_file():
         raise QuantrackError(f"calib_list={path}: no such file; give a text file with one picture path a line")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -72,8 +77,7 @@ def _check_count(asked: int, available: int, source: str) -> None:
         raise QuantrackError(f"{source}: no calibration pictures there; run the `data` entry point")
     if asked > available:
         raise UsageError(
-            f"calib_images={asked}: {source} has only {available} pictures; "
-            f"ask for at most {available}, or 0 for all"
+            f"calib_images={asked}: {source} has only {available} pictures; ask for at most {available}, or 0 for all"
         )
 
 
@@ -84,6 +88,5 @@ def _resolve(line: str, data_root: Path, calib_list: str) -> Path:
         if path.is_file():
             return path
     raise QuantrackError(
-        f"{line}: listed in {calib_list} but found neither as written nor as {under_root}; "
-        "run the `data` entry point"
+        f"{line}: listed in {calib_list} but found neither as written nor as {under_root}; run the `data` entry point"
     )

@@ -12,6 +12,7 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
 VAL_ANNOTATIONS = Path("annotations/instances_val2017.json")
+TRAIN_ANNOTATIONS = Path("annotations/instances_train2017.json")
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ def _is_list(content: object, key: str) -> bool:
 
 def _picture(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Picture:
     try:
-        picture = Picture(
-            int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"])
-        )
+        picture = Picture(int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"]))
     except (KeyError, TypeError, ValueError) as error:
         raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; fetch the file again") from error
     if not picture.path.is_file():
-        raise QuantrackError(f"{picture.path}: missing, though {annotation_file.name} lists it; run the `data` entry point")
+        raise QuantrackError(
+            f"{picture.path}: missing, though {annotation_file.name} lists it; run the `data` entry point"
+        )
     return picture
 
 
@@ -154,4 +155,6 @@ def _true_boxes(rows: list[dict[str, Any]], kept: set[int], annotation_file: Pat
                 area=float(row.get("area", width * height)),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise QuantrackError(f"{annotation_file}: an annotation entry lacks {error}; fetch the file again") from error
+            raise QuantrackError(
+                f"{annotation_file}: an annotation entry lacks {error}; fetch the file again"
+            ) from error

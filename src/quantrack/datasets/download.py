@@ -1,3 +1,225 @@
-from dataclasses import dataclass
+"""Prepare a data root in the official COCO layout: download only what is needed, or build from a copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+
+from quantrack.datasets.calibration import read_list
+from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
+from quantrack.datasets.fetch import FetchPolicy, fetch
+from quantrack.datasets.pictures import picture_problem
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.files import atomic_path
+from quantrack.progress import console
+
+ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
+SELECTIONS = ("listed", "all")
+
+
 @dataclass(frozen=True)
-class PreparedData: pictures:int=0
+class DownloadSettings:
+    """What to prepare where; `images=all` takes the full archives instead of single pictures."""
+
+    data_root: Path
+    calib_list: str
+    calib_images: int = 100
+    eval_images: int = 100
+    images: str = "listed"
+    base_url: str = "http://images.cocodataset.org"
+    workers: int = 8
+    policy: FetchPolicy = field(default_factory=FetchPolicy)
+
+    def __post_init__(self) -> None:
+        if self.images not in SELECTIONS:
+            raise UsageError(f"images={self.images}: unknown; use one of {', '.join(SELECTIONS)}")
+        for name in ("calib_images", "eval_images"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)}: must not be negative; 0 = all")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UsageError(f"base_url={self.base_url}: must start with http:// or https://")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What is in the data root now, and what of it this call brought."""
+
+    pictures: int
+    downloaded: int
+    reused: int
+    bytes_downloaded: int
+
+
+def download_coco(settings: DownloadSettings) -> PreparedData:
+    """Fetch annotations and pictures that are not there yet; run it again to resume.
+
+    Raises:
+        QuantrackError: something cannot be fetched; what is finished stays.
+    """
+    received = _fetch_annotations(settings)
+    if settings.images == "all":
+        return _fetch_archives(settings, received)
+    wanted = list(wanted_pictures(settings, settings.data_root))
+    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
+    received += _fetch_pictures(settings, missing)
+    return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), received)
+
+
+def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
+    """Link or copy what is needed from a folder in the official layout, checking every picture.
+
+    Raises:
+        QuantrackError: the source lacks a file, or a picture in it cannot be read.
+    """
+    if source.resolve() == settings.data_root.resolve():
+        raise UsageError(f"source={source}: is the data_root itself; name the folder to build from")
+    for instances in (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS):
+        if instances == VAL_ANNOTATIONS or (source / instances).is_file():
+            read_annotations(source, source / instances)
+            _copy(source / instances, settings.data_root / instances)
+    if settings.images == "all":
+        wanted = [str(path.relative_to(source)) for folder in ("val2017", "train2017")
+                  for path in sorted((source / folder).glob("*.jpg"))]  # fmt: skip
+    else:
+        wanted = list(wanted_pictures(settings, source))
+    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
+    for name in missing:
+        problem = picture_problem(source / name)
+        if problem is not None:
+            raise QuantrackError(f"{source / name}: {problem}; complete the source folder")
+        _copy(source / name, settings.data_root / name)
+    return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), 0)
+
+
+def wanted_pictures(settings: DownloadSettings, root: Path) -> Iterator[str]:
+    """Paths under the data root: evaluation pictures by annotation, then the calibration list's."""
+    annotation_file = root / VAL_ANNOTATIONS
+    images = sorted(read_annotations(root, annotation_file)["images"], key=lambda entry: int(entry["id"]))
+    if settings.eval_images > len(images):
+        raise UsageError(f"eval_images={settings.eval_images}: {annotation_file} lists only {len(images)} pictures")
+    for entry in images[: settings.eval_images or len(images)]:
+        name = Path(str(entry["file_name"]))
+        if name.name != str(name):
+            raise QuantrackError(f"{annotation_file}: file name {name} is a path; fetch the file again")
+        yield f"val2017/{name}"
+    if settings.calib_list != "random":
+        lines = read_list(Path(settings.calib_list))
+        for line in lines[: settings.calib_images or len(lines)]:
+            yield f"train2017/{Path(line).name}"
+
+
+def _fetch_annotations(settings: DownloadSettings) -> int:
+    files = (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS)
+    if all((settings.data_root / name).is_file() for name in files):
+        return 0
+    archive = settings.data_root / ANNOTATION_ARCHIVE
+    with _progress() as bar:
+        task = bar.add_task("annotations", total=None)
+        received = _fetch_archive(settings, ANNOTATION_ARCHIVE, archive, lambda size: bar.update(task, advance=size))
+    extract(archive, {f"annotations/{name.name}" for name in files}, settings.data_root)
+    archive.unlink()
+    return received
+
+
+def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
+    for split in ("val2017", "train2017"):
+        archive = settings.data_root / f"{split}.zip"
+        with _progress() as bar:
+            task = bar.add_task(f"{split}.zip", total=None)
+            received += _fetch_archive(
+                settings,
+                f"zips/{split}.zip",
+                archive,
+                lambda size, bar=bar, task=task: bar.update(task, advance=size),
+            )
+        extract(archive, None, settings.data_root)
+        archive.unlink()
+    pictures = sum(1 for split in ("val2017", "train2017") for _ in (settings.data_root / split).glob("*.jpg"))
+    return PreparedData(pictures, pictures, 0, received)
+
+
+def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress: object) -> int:
+    return fetch(f"{settings.base_url}/{name}", target, settings.policy, _zip_problem, progress)  # type: ignore[arg-type]
+
+
+def _zip_problem(path: Path) -> str | None:
+    return None if zipfile.is_zipfile(path) else "not a zip archive"
+
+
+def extract(archive: Path, names: set[str] | None, target: Path) -> None:
+    """Unpack `names` (None = all files) of an archive, each file atomically.
+
+    Raises:
+        QuantrackError: the archive is broken, lacks a name, or would write outside the target.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = [item for item in content.infolist() if not item.is_dir()]
+            chosen = [item for item in members if names is None or item.filename in names]
+            lacking = (names or set()) - {item.filename for item in chosen}
+            if lacking:
+                raise QuantrackError(f"{archive}: holds no {', '.join(sorted(lacking))}; check base_url")
+            for item in chosen:
+                path = (target / item.filename).resolve()
+                if not path.is_relative_to(target.resolve()):
+                    raise QuantrackError(f"{archive}: {item.filename} would be written outside {target}; refused")
+                with (
+                    atomic_path(path) as temporary,
+                    content.open(item) as stream,
+                    temporary.open("wb") as out,
+                ):
+                    shutil.copyfileobj(stream, out)
+    except zipfile.BadZipFile as error:
+        archive.unlink(missing_ok=True)
+        raise QuantrackError(f"{archive}: broken archive ({error}), removed; run again") from error
+
+
+def _fetch_pictures(settings: DownloadSettings, names: Iterable[str]) -> int:
+    """Fetch in parallel; the first failure or an interrupt ends the rest, what is finished stays."""
+    names = list(names)
+    if not names:
+        return 0
+    pool = ThreadPoolExecutor(settings.workers)
+    with _progress() as bar:
+        task = bar.add_task("pictures", total=len(names))
+
+        def one(name: str) -> int:
+            received = fetch(f"{settings.base_url}/{name}", settings.data_root / name, settings.policy, picture_problem)
+            bar.advance(task)
+            return received
+
+        futures = [pool.submit(one, name) for name in names]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                if future.exception() is not None:
+                    raise future.exception() or QuantrackError("download failed")
+            return sum(future.result() for future in futures)
+        finally:
+            settings.policy.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            settings.policy.stop.clear()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, otherwise a copy."""
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())
+    with Progress(*columns, console=console(), transient=True) as bar:
+        yield bar

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from quantrack.errors import QuantrackError
 
 PAD_VALUE = 114  # Ultralytics' grey
+JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 
 
@@ -26,19 +27,29 @@ class Letterbox:
     height: int
 
 
+def picture_problem(path: Path) -> str | None:
+    """Why a file is no whole picture, without decoding it; None if it looks whole."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not content:
+        return "empty"
+    if content[:2] == JPEG_START and JPEG_END not in content[-4096:]:
+        return "truncated jpg (no end marker)"
+    return None
+
+
 def read_picture(path: Path) -> NDArray[np.uint8]:
     """Decode a picture to BGR, shape [height, width, 3].
 
     Raises:
         QuantrackError: the file is missing, truncated or not a picture.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise QuantrackError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
-    if content[:2] == b"\xff\xd8" and JPEG_END not in content[-4096:]:
-        raise QuantrackError(f"{path}: truncated jpg (no end marker); fetch it again")
-    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    problem = picture_problem(path)
+    if problem is not None:
+        raise QuantrackError(f"{path}: {problem}; fetch it again")
+    picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if picture is None:
         raise QuantrackError(f"{path}: not a readable picture; fetch it again")
     return np.asarray(picture, dtype=np.uint8)

@@ -67,7 +67,7 @@ def _module_classes(module: ModuleType, prefix: str) -> list[type]:
 
 
 def _load_allow_listed(path: Path) -> object:
-    with torch.serialization.safe_globals(allowed_classes()):
+    with torch.serialization.safe_globals([*allowed_classes()]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

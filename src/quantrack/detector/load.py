@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,9 +56,12 @@ def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoin
         output = model(torch.zeros(1, 3, imgsz, imgsz))
     if not isinstance(output, torch.Tensor):
         raise QuantrackError(f"model={source}: its output is not one tensor; use an Ultralytics detection model")
-    names = model.names
-    ordered = tuple(str(names[index]) for index in range(len(names)))
-    return Detector(model, Path(source).stem, head, ordered, digest)
+    return Detector(model, Path(source).stem, head, _class_names(model), digest)
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...]:
+    names = cast("dict[int, str]", model.names)
+    return tuple(str(names[index]) for index in range(len(names)))
 
 
 def _build(source: str, seed: int) -> tuple[nn.Module, str]:
@@ -77,7 +81,8 @@ def _build(source: str, seed: int) -> tuple[nn.Module, str]:
         raise QuantrackError(f"model={source}: a {task} model; Quantrack takes detection models")
     digest = combined_digest([repr(sorted(description.items(), key=str)), str(seed)])
     try:
-        return DetectionModel(description, verbose=False).eval(), digest
+        model: nn.Module = DetectionModel(description, verbose=False).eval()
+        return model, digest
     except Exception as error:
         raise QuantrackError(f"model={source}: cannot be built ({type(error).__name__}: {error})") from error
 
@@ -128,7 +133,7 @@ def _require_detection(model: nn.Module, source: str) -> None:
 
 
 def _choose_head(model: nn.Module, head: str, source: str) -> None:
-    last = model.model[-1]
+    last = _head(model)
     if head == ONE2ONE and getattr(last, "one2one_cv2", None) is None:
         raise UsageError(f"head={head}: {Path(source).name} has no one-to-one head; use head=one2many")
     last.end2end = head == ONE2ONE
@@ -136,8 +141,12 @@ def _choose_head(model: nn.Module, head: str, source: str) -> None:
         raise UsageError(f"head={head}: {Path(source).name} has only its one-to-one head left; use head=one2one")
 
 
+def _head(model: nn.Module) -> Any:  # noqa: ANN401 - Ultralytics is untyped
+    return model.model[-1]  # type: ignore[index]
+
+
 def _require_stride(model: nn.Module, imgsz: int, source: str) -> None:
-    stride = int(model.stride.max())
+    stride = int(cast("torch.Tensor", model.stride).max())
     if imgsz % stride:
         raise UsageError(f"imgsz={imgsz}: must be a multiple of {stride}, the stride of {Path(source).name}")
 
@@ -145,10 +154,10 @@ def _require_stride(model: nn.Module, imgsz: int, source: str) -> None:
 def _fold(model: nn.Module, source: str) -> None:
     """Fold BatchNorm into the convolutions; the unused head branch goes with it."""
     model.eval().requires_grad_(False)
-    model.fuse(verbose=False)
+    cast("Any", model).fuse(verbose=False)
     left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     if left:
         raise QuantrackError(f"model={source}: BatchNorm of {left[0]} cannot be folded; use another architecture")
-    last = model.model[-1]
+    last = _head(model)
     last.export = True  # one tensor out, instead of a tuple with the training outputs
     last.format = "onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import cast
 
 from torch import nn
 
@@ -32,7 +33,7 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
     in_dfl = _convolutions_inside(model, (DFL,))
     in_attention = _convolutions_inside(model, _attention_kinds(Attention))
     outputs = {
-        id(branch[-1])
+        id(cast("nn.Sequential", branch)[-1])
         for head in model.modules()
         if isinstance(head, Detect)
         for branches in _active_branches(head)

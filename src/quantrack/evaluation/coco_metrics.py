@@ -145,9 +145,7 @@ def _detection(index: int, row: object) -> Detection:
         if not isinstance(row, dict):
             raise TypeError("not an object")
         x, y, width, height = (float(value) for value in row["bbox"])
-        return Detection(
-            int(row["image_id"]), int(row["category_id"]), (x, y, width, height), float(row["score"])
-        )
+        return Detection(int(row["image_id"]), int(row["category_id"]), (x, y, width, height), float(row["score"]))
     except (KeyError, TypeError, ValueError) as error:
         raise QuantrackError(
             f"detections: row {index} is not a COCO result row ({error}); run the evaluation again"
@@ -183,8 +181,7 @@ def _coco(evaluation_set: EvaluationSet, annotations: Sequence[dict[str, object]
     coco = COCO()
     coco.dataset = {
         "images": [
-            {"id": picture.id, "width": picture.width, "height": picture.height}
-            for picture in evaluation_set.pictures
+            {"id": picture.id, "width": picture.width, "height": picture.height} for picture in evaluation_set.pictures
         ],
         "categories": [{"id": category.id, "name": category.name} for category in evaluation_set.categories],
         "annotations": list(annotations),

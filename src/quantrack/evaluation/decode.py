@@ -71,9 +71,7 @@ def decode_one2one(
         QuantrackError: unexpected shape or class, or values that are not finite.
     """
     if output.ndim != 2 or output.shape[1] != 6:
-        raise QuantrackError(
-            f"picture {image_id}: {ONE2ONE} output has shape {list(output.shape)}, not [N, 6]"
-        )
+        raise QuantrackError(f"picture {image_id}: {ONE2ONE} output has shape {list(output.shape)}, not [N, 6]")
     _check_finite(output, image_id)
     rows = output[output[:, 4] > settings.confidence]
     rows = rows[np.argsort(-rows[:, 4], kind="stable")]
@@ -101,9 +99,7 @@ def decode_one2many(
     """
     if output.ndim != 2 or output.shape[0] != 4 + len(category_ids):
         expected = f"[{4 + len(category_ids)}, anchors]"
-        raise QuantrackError(
-            f"picture {image_id}: {ONE2MANY} output has shape {list(output.shape)}, not {expected}"
-        )
+        raise QuantrackError(f"picture {image_id}: {ONE2MANY} output has shape {list(output.shape)}, not {expected}")
     _check_finite(output, image_id)
     classes, anchors = np.nonzero(output[4:] > settings.confidence)
     scores = output[4:][classes, anchors]

@@ -44,9 +44,7 @@ def per_class_ap_figure(result: CocoResult, title: str) -> Figure:
     for place, (ap, ap50, _) in enumerate(ranked):
         axes.text(max(ap, ap50) + 0.008, place, f"{ap:.2f} / {ap50:.2f}", va="center", fontsize=7, color=GREY)
     axes.set_yticks(places, [_label(one) for _, _, one in ranked], fontsize=8)
-    axes.set(
-        xlim=(0, 1.14), ylim=(max(len(ranked), 1) - 0.4, -0.6), xlabel="average precision (AP50-95 / AP50)"
-    )
+    axes.set(xlim=(0, 1.14), ylim=(max(len(ranked), 1) - 0.4, -0.6), xlabel="average precision (AP50-95 / AP50)")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)

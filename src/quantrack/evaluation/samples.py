@@ -100,9 +100,7 @@ def _true_marks(picture: Picture, truth: Sequence[TrueBox], names: dict[int, str
     ]
 
 
-def _marks(
-    picture: Picture, detections: Sequence[Detection], names: dict[int, str], threshold: float
-) -> list[_Mark]:
+def _marks(picture: Picture, detections: Sequence[Detection], names: dict[int, str], threshold: float) -> list[_Mark]:
     """The weakest first, so that the strongest lie on top."""
     return [
         _Mark(
@@ -159,7 +157,5 @@ def _title_bar(title: str, width: int, boxes: int) -> NDArray[np.uint8]:
     count_width = cv2.getTextSize(count, FONT, LABEL_FONT, 1)[0][0]
     title_width = cv2.getTextSize(title, FONT, TITLE_FONT, 1)[0][0]
     if title_width + count_width + 30 <= width:
-        cv2.putText(
-            bar, count, (width - count_width - 10, 22), FONT, LABEL_FONT, (190, 190, 190), 1, cv2.LINE_AA
-        )
+        cv2.putText(bar, count, (width - count_width - 10, 22), FONT, LABEL_FONT, (190, 190, 190), 1, cv2.LINE_AA)
     return bar

@@ -35,6 +35,7 @@ def file_metrics(path: Path) -> dict[str, float]:
 
 
 def megabytes(path: Path) -> float:
+    """Size of a file in MB of 10^6 bytes."""
     return path.stat().st_size / BYTES_PER_MB
 
 

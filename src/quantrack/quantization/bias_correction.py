@@ -54,7 +54,8 @@ def _corrector(float_layer: nn.Module, total: Tensor) -> Hook:
     def correct(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shift = (float_layer(inputs[0]) - output).mean(dim=(0, 2, 3))
         total.add_(shift * output.shape[0])
-        return output + shift[None, :, None, None]
+        corrected: Tensor = output + shift[None, :, None, None]
+        return corrected
 
     return correct
 

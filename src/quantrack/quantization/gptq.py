@@ -14,12 +14,18 @@ from dataclasses import dataclass
 import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import unfold
 
-from quantrack.errors import UsageError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import fake_quantize, quantized_layers, weight_bits, weight_limit, weight_scale
+from quantrack.quantization.layers import (
+    fake_quantize,
+    quantized_layers,
+    weight_bits,
+    weight_limit,
+    weight_scale,
+)
 
 BYTES_PER_GB = 1e9
 
@@ -132,12 +138,18 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
 
 def sample_columns(x: Tensor, layer: nn.Conv2d, positions: int, generator: torch.Generator) -> Tensor:
     """Input patches [G, D, P] at randomly drawn output positions of a batch [B, I, H, W]."""
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    patches = unfold(x, layer.kernel_size, layer.dilation, _numeric(layer.padding), layer.stride)
     patches = patches.transpose(0, 1).reshape(layer.groups, -1, patches.shape[0] * patches.shape[2])
     if patches.shape[2] > positions:
         drawn = torch.randint(patches.shape[2], (positions,), generator=generator)
         patches = patches[:, :, drawn.to(x.device)]
     return patches
+
+
+def _numeric(padding: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(padding, str):
+        raise QuantrackError(f"gptq: a convolution pads {padding!r}; only numeric padding is supported")
+    return padding
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -147,7 +159,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     ridge = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal.mean(dim=1, keepdim=True) == 0)
     damped = hessian + torch.diag_embed(ridge.expand_as(diagonal))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

@@ -10,7 +10,12 @@ from torch import nn
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import ACTIVATION_QUANTIZERS, LayerPlan, insert_quantizers, quantized_layers
+from quantrack.quantization.layers import (
+    ACTIVATION_QUANTIZERS,
+    LayerPlan,
+    insert_quantizers,
+    quantized_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,10 @@ class InsertQuantizers:
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         insert_quantizers(job.model, self.plan(job))
-        return {"layers": float(len(quantized_layers(job.model))), "weight_bits_avg": average_weight_bits(job.model)}
+        return {
+            "layers": float(len(quantized_layers(job.model))),
+            "weight_bits_avg": average_weight_bits(job.model),
+        }
 
     def plan(self, job: QuantizationJob) -> dict[str, LayerPlan]:
         """The bits of every convolution that is quantized at all."""
@@ -47,7 +55,6 @@ class InsertQuantizers:
 def average_weight_bits(model: nn.Module) -> float:
     """Mean bits over the weights of the quantized convolutions, DFL's fixed weights left out."""
     counted = [
-        (layer.weight.numel(), int(layer.weight_quant.bit_width()))
-        for name, layer in quantized_layers(model).items()
+        (layer.weight.numel(), int(layer.weight_quant.bit_width())) for name, layer in quantized_layers(model).items()
     ]
-    return sum(count * bits for count, bits in counted) / sum(count for count, _ in counted)
+    return float(sum(count * bits for count, bits in counted) / sum(count for count, _ in counted))

@@ -104,12 +104,13 @@ def quantized_layers(model: nn.Module) -> dict[str, qnn.QuantConv2d]:
 
 
 def weight_bits(layer: qnn.QuantConv2d) -> int:
-    return int(layer.weight_quant.bit_width())
+    """Bits of the layer's weights."""
+    return int(layer.weight_quant.bit_width().item())
 
 
 def weight_limit(bits: int) -> int:
     """The largest integer of the narrow symmetric range: 7 at 4 bits, 127 at 8."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def set_weight_scale(layer: qnn.QuantConv2d, scale: Tensor) -> None:

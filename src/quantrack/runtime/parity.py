@@ -39,9 +39,7 @@ class Parity:
         return counted | {"parity_mean_abs": self.mean_abs, "parity_max_abs": self.max_abs}
 
 
-def measure_parity(
-    model: nn.Module, session: Session, inputs: Iterable[NDArray[np.float32]], head: str
-) -> Parity:
+def measure_parity(model: nn.Module, session: Session, inputs: Iterable[NDArray[np.float32]], head: str) -> Parity:
     """Run the same pictures [3, imgsz, imgsz] through both.
 
     Raises:

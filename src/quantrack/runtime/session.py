@@ -79,7 +79,9 @@ def cuda_problem(path: Path) -> str | None:
         return "no CUDA device"
     ort.preload_dlls(cuda=True, cudnn=True)
     taken = _session(path, CUDA).get_providers()
-    return None if FULL_NAMES[CUDA] in taken else "the CUDA provider did not load; its libraries do not match the driver"
+    return (
+        None if FULL_NAMES[CUDA] in taken else "the CUDA provider did not load; its libraries do not match the driver"
+    )
 
 
 def _open(path: Path, provider: str) -> Session:

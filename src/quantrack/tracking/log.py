@@ -8,7 +8,6 @@ from pathlib import Path
 
 import mlflow
 import yaml
-from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 
@@ -48,8 +47,7 @@ def log_inputs(evaluation_set: EvaluationSet, calibration: CalibrationSet | None
 
 
 def _dataset(folder: Path, name: str, digest: str) -> MetaDataset:
-    source: FileSystemDatasetSource = LocalArtifactDatasetSource(folder.resolve().as_uri())
-    return MetaDataset(source, name=name, digest=digest[:DIGEST_LENGTH])
+    return MetaDataset(LocalArtifactDatasetSource(folder.resolve().as_uri()), name=name, digest=digest[:DIGEST_LENGTH])
 
 
 def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str, object] | None = None) -> None:
@@ -61,9 +59,7 @@ def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str,
     name_run(run_name)
 
 
-def log_quantization(
-    job: QuantizationJob, seed: int, reports: Sequence[StepReport]
-) -> dict[str, float]:
+def log_quantization(job: QuantizationJob, seed: int, reports: Sequence[StepReport]) -> dict[str, float]:
     """`calibration.json` and `layers.json`; returns the metrics of the quantization itself."""
     log_json(calibration_record(job, seed, reports), "calibration.json")
     log_json(layer_records(job), "layers.json")
@@ -112,7 +108,9 @@ def log_provider(provider: str) -> None:
 
 
 def log_samples(
-    evaluation_set: EvaluationSet, float_detections: Sequence[Detection] | None, detections: Sequence[Detection]
+    evaluation_set: EvaluationSet,
+    float_detections: Sequence[Detection] | None,
+    detections: Sequence[Detection],
 ) -> None:
     """Sample pictures with true, float and quantized boxes side by side."""
     for picture in choose_samples(evaluation_set):

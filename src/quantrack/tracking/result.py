@@ -48,7 +48,14 @@ def detector_facts(
 ) -> ModelFacts:
     """What an exported file of this detector will say of itself."""
     return ModelFacts(
-        detector.name, detector.digest, detector.head, imgsz, mode, recipe, detector.class_names, weight_bits_avg
+        detector.name,
+        detector.digest,
+        detector.head,
+        imgsz,
+        mode,
+        recipe,
+        detector.class_names,
+        weight_bits_avg,
     )
 
 
@@ -90,7 +97,11 @@ def log_benchmark(path: Path, facts: ModelFacts, speed: Speed) -> None:
     log_provider(speed.provider)
     tags = {"model_digest": facts.model_digest, "mode": facts.mode, "recipe": facts.recipe}
     mlflow.set_tags(tags | {"model_name": facts.model, "imgsz": str(facts.imgsz), "head": facts.head})
-    measured = {"input": f"{facts.imgsz} px", "provider": speed.provider, "timed runs": str(speed.latency.runs)}
+    measured = {
+        "input": f"{facts.imgsz} px",
+        "provider": speed.provider,
+        "timed runs": str(speed.latency.runs),
+    }
     log_summary(f"{facts.model} {facts.mode} {facts.recipe}: speed", measured, metrics)
 
 
@@ -103,7 +114,7 @@ def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str
 def measured_on(facts: ModelFacts, evaluation_set: EvaluationSet, proof: Proof) -> dict[str, str]:
     """The circumstances that a number means nothing without."""
     return {
-        "pictures": f"{len(evaluation_set.pictures)} ({evaluation_set.name}, digest {evaluation_set.digest[:12]})",
+        "pictures": f"{evaluation_set.name} (digest {evaluation_set.digest[:12]})",
         "head": facts.head,
         "input": f"{facts.imgsz} px",
         "provider": proof.speed.provider,

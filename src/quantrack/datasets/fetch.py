@@ -1,0 +1,122 @@
+"""One URL to one file: retried, resumed, checked, and there only when it is whole."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+from quantrack.errors import QuantrackError
+
+CHUNK_BYTES = 1 << 16
+Check = Callable[[Path], str | None]  # why a downloaded file is not good, or None
+
+
+class _TransientError(Exception):
+    """Worth another try: a dropped connection, a server error, a truncated body."""
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """Tries, seconds without an answer before giving a try up, and the first pause between tries.
+
+    `stop` is set to make downloads in other threads end at their next chunk.
+    """
+
+    retries: int = 4
+    timeout: float = 30.0
+    backoff: float = 0.5
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def fetch(
+    url: str,
+    target: Path,
+    policy: FetchPolicy,
+    check: Check,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Download `url` to `target`; returns the bytes received now. A `.part` file is resumed.
+
+    Raises:
+        QuantrackError: the server says no (4xx), cannot be reached, or sends bad data at every try.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    received = 0
+    for attempt in range(policy.retries + 1):
+        if attempt and policy.stop.wait(policy.backoff * 2 ** (attempt - 1)):
+            break
+        try:
+            received += _download(url, part, policy, progress)
+            problem = check(part)
+            if problem is not None:
+                part.unlink(missing_ok=True)  # nothing in it can be trusted to resume from
+                raise _TransientError(problem)
+            part.replace(target)
+            return received
+        except _TransientError as error:
+            reason = str(error)
+    if policy.stop.is_set():
+        raise QuantrackError(f"{url}: stopped; what is downloaded stays")
+    raise QuantrackError(
+        f"cannot fetch {url} after {policy.retries + 1} tries ({reason}); check the network and run again to resume, "
+        "build from a copy with source=DIR, or try the embedded demo: -P model=demo -P data_root=demo"
+    )
+
+
+def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int], None]) -> int:
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=policy.timeout) as answer:
+            if answer.status_code == requests.codes.requested_range_not_satisfiable:
+                part.unlink(missing_ok=True)
+                raise _TransientError("the part already here is not a part of this file")
+            _require_success(url, answer.status_code)
+            resumed = answer.status_code == requests.codes.partial_content
+            return _write(answer, part, "ab" if resumed else "wb", policy, progress)
+    except requests.RequestException as error:
+        raise _TransientError(_reason(error)) from error
+
+
+def _require_success(url: str, status: int) -> None:
+    if status >= 500 or status == requests.codes.too_many_requests:
+        raise _TransientError(f"the server answered {status}")
+    if status >= 400:
+        raise QuantrackError(f"{url}: the server answered {status}; check the list and base_url")
+
+
+def _write(
+    answer: requests.Response, part: Path, mode: str, policy: FetchPolicy, progress: Callable[[int], None]
+) -> int:
+    expected = answer.headers.get("Content-Length")
+    received = 0
+    deadline = time.monotonic() + policy.timeout
+    with part.open(mode) as stream:
+        for chunk in answer.iter_content(CHUNK_BYTES):
+            stream.write(chunk)
+            received += len(chunk)
+            progress(len(chunk))
+            if policy.stop.is_set():
+                raise _TransientError("stopped")
+            if len(chunk) >= CHUNK_BYTES:
+                deadline = time.monotonic() + policy.timeout
+            elif time.monotonic() > deadline:
+                raise _TransientError("the server is too slow")
+    if expected is not None and received != int(expected):
+        raise _TransientError(f"truncated: {received} of {expected} bytes")
+    return received
+
+
+def _reason(error: requests.RequestException) -> str:
+    """One short phrase out of a nested chain of causes."""
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"
+    return type(error).__name__

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
-from quantrack.settings import BaselineSettings
-from quantrack.tracking.baseline import FLOAT_RECIPE, measure_baseline
+from quantrack.runtime.session import resolve_provider
+from quantrack.settings import BaselineSettings, shared_texts
+from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline, measure_baseline
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.result import detector_facts
+from quantrack.tracking.result import comparison_key, detector_facts
 
 
 def baseline(settings: BaselineSettings) -> None:
@@ -19,8 +22,15 @@ def baseline(settings: BaselineSettings) -> None:
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
     log_settings(settings, f"baseline-{settings.precision}-{detector.name}")
 
-    facts = detector_facts(detector, settings.imgsz, settings.precision, FLOAT_RECIPE)
-    measure_baseline(detector, facts, evaluation_set, settings.provider, settings.latency_runs)
+    float32 = detector_facts(detector, settings.imgsz, "fp32", FLOAT_RECIPE)
+    reference = None
+    if settings.precision != "fp32":
+        key = comparison_key(float32, evaluation_set, resolve_provider(settings.provider))
+        reference = find_or_measure_baseline(
+            detector, float32, evaluation_set, key, shared_texts(settings), settings.latency_runs
+        )
+    facts = replace(float32, mode=settings.precision)
+    measure_baseline(detector, facts, evaluation_set, settings.provider, settings.latency_runs, reference)
 
 
 if __name__ == "__main__":

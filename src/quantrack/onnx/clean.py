@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnxslim
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path
@@ -38,5 +39,6 @@ def convert_to_float16(source: Path, target: Path) -> None:
     """
     model = load_onnx(source)
     converted = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST)
+    OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
     with atomic_path(target) as temporary:
         onnx.save(converted, str(temporary))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError, UsageError
@@ -51,41 +52,49 @@ def parse_provider(provider: str) -> str:
     return provider
 
 
-def open_session(path: Path, provider: str) -> Session:
-    """Open a file on the provider asked for; `auto` takes CUDA if it works, else the CPU, and says so.
+def resolve_provider(provider: str) -> str:
+    """`cuda` or `cpu`: `auto` takes CUDA if it is there, else the CPU, and says so.
 
     Raises:
-        QuantrackError: `cuda` was asked for and is not there, or ONNX Runtime refuses the file.
+        QuantrackError: `cuda` was asked for and is not there.
     """
-    parse_provider(provider)
-    if provider == CPU:
-        return _open(path, CPU)
-    why_not = cuda_problem(path)
+    if parse_provider(provider) == CPU:
+        return CPU
+    why_not = cuda_problem()
     if why_not is None:
-        return _open(path, CUDA)
+        return CUDA
     if provider == CUDA:
         raise QuantrackError(f"provider=cuda: CUDA cannot be used ({why_not}); use provider=cpu or auto")
-    say(f"{path.name}: runs on the CPU ({why_not})")
-    return _open(path, CPU)
+    say(f"ONNX Runtime runs on the CPU: {why_not}")
+    return CPU
 
 
-def cuda_problem(path: Path) -> str | None:
-    """Why this file cannot run on CUDA here, in one phrase; None if it can."""
+def cuda_problem() -> str | None:
+    """Why ONNX Runtime cannot use CUDA here, in one phrase; None if it can try."""
     if FULL_NAMES[CUDA] not in ort.get_available_providers():
         return "this ONNX Runtime has no CUDA provider; install onnxruntime-gpu"
-    import torch  # its wheel carries the CUDA and cuDNN libraries that the provider needs
-
     if not torch.cuda.is_available():
         return "no CUDA device"
-    ort.preload_dlls(cuda=True, cudnn=True)
-    taken = _session(path, CUDA).get_providers()
-    return (
-        None if FULL_NAMES[CUDA] in taken else "the CUDA provider did not load; its libraries do not match the driver"
-    )
+    ort.preload_dlls(cuda=True, cudnn=True)  # torch's wheel carries the libraries that the provider needs
+    return None
 
 
-def _open(path: Path, provider: str) -> Session:
-    return Session(path, _session(path, provider), provider)
+def open_session(path: Path, provider: str) -> Session:
+    """Open a file on the provider asked for, or resolved from `auto`.
+
+    Raises:
+        QuantrackError: `cuda` was asked for and is not there or does not load, or ONNX Runtime
+            refuses the file.
+    """
+    resolved = resolve_provider(provider)
+    session = _session(path, resolved)
+    if FULL_NAMES[resolved] in session.get_providers():
+        return Session(path, session, resolved)
+    why = "the CUDA provider did not load; its libraries do not match the driver"
+    if provider == CUDA:
+        raise QuantrackError(f"provider=cuda: CUDA cannot be used ({why}); use provider=cpu or auto")
+    say(f"ONNX Runtime runs on the CPU: {why}")
+    return Session(path, _session(path, CPU), CPU)
 
 
 def _session(path: Path, provider: str, profile: Path | None = None) -> ort.InferenceSession:

@@ -44,15 +44,24 @@ class Baseline:
 
 
 def measure_baseline(
-    detector: Detector, facts: ModelFacts, evaluation_set: EvaluationSet, provider: str, latency_runs: int
+    detector: Detector,
+    facts: ModelFacts,
+    evaluation_set: EvaluationSet,
+    provider: str,
+    latency_runs: int,
+    reference: Baseline | None,
 ) -> Baseline:
-    """Export the float detector in the precision of `facts.mode`, prove it, log it in the active run."""
+    """Export the float detector in the precision of `facts.mode`, prove it, log it in the active run.
+
+    `reference` is the float32 baseline that another precision is held against.
+    """
     log_inputs(evaluation_set, None)
     with tempfile.TemporaryDirectory() as folder:
         files = export_float_files(detector.model, facts, Path(folder))
         session = open_session(files.optimized, provider)
         proof = prove(session, evaluation_set, facts.head, latency_runs, detector.model)
-        metrics = log_result(files, facts, proof, evaluation_set, {})
+        further = reference.drop(proof.metrics()) if reference else {}
+        metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     active = mlflow.active_run()
     return Baseline(active.info.run_id if active else "", metrics, proof.detections)
@@ -89,7 +98,7 @@ def find_or_measure_baseline(
         say("float32 baseline: not in this experiment yet; measuring it in a nested run")
         with tracked_run("baseline", {**parameters, "precision": "fp32"}, nested=True):
             name_run(f"baseline-fp32-{facts.model}")
-            baseline = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs)
+            baseline = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs, None)
     mlflow.set_tag("baseline_run_id", baseline.run_id)
     return baseline
 

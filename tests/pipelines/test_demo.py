@@ -1,0 +1,149 @@
+"""The entry points as a user runs them, on the embedded demo with few pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from mlflow.entities import Run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import run_pipeline  # noqa: E402
+
+DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
+METRICS = {
+    "mAP50-95", "mAP50", "mAP75", "mAP50-95_small", "mAP50-95_medium", "mAP50-95_large", "AR100", "mAP50-95_drop",
+    "latency_ms_mean", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "nodes_QuantizeLinear",
+    "nodes_DequantizeLinear", "nodes_Clip", "nodes_Conv", "nodes_total", "weight_bits_avg", "onnx_mb",
+    "parity_mean_abs", "parity_max_abs", "quantize_seconds", "eval_seconds",
+}  # fmt: skip
+ARTIFACTS = {
+    "config.yaml", "calibration.json", "layers.json", "coco_metrics.json", "per_class_ap.json", "detections.json",
+    "environment.json", "summary.md", "plots/precision_recall.png", "plots/per_class_ap.png",
+    "onnx/yolov10n-demo-w4a8-qcdq-ptq.onnx", "onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx",
+}  # fmt: skip
+
+
+def runs(folder: Path) -> list[Run]:
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    return [run for run in found if isinstance(run, Run)]
+
+
+def named(folder: Path, name: str) -> Run:
+    return next(run for run in runs(folder) if run.info.run_name == name)
+
+
+def artifacts(run: Run, path: str = "") -> set[str]:
+    found: set[str] = set()
+    for entry in mlflow.MlflowClient().list_artifacts(run.info.run_id, path or None):
+        found |= artifacts(run, entry.path) if entry.is_dir else {entry.path}
+    return found
+
+
+@pytest.fixture(scope="session")
+def ptq_run(shared_store: Path) -> Run:
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "W4A8")
+    assert done.returncode == 0, done.stderr
+    return named(shared_store, "ptq-w4a8-default-yolov10n-demo")
+
+
+def test_ptq_logs_the_whole_contract(ptq_run: Run) -> None:
+    assert ptq_run.info.status == "FINISHED"
+    assert set(ptq_run.data.metrics) >= METRICS
+    assert artifacts(ptq_run) >= ARTIFACTS
+    assert sum(name.startswith("samples/") for name in artifacts(ptq_run)) == 8
+    tags = ptq_run.data.tags
+    assert (tags["provider"], tags["head"], tags["mode"]) == ("cpu", "one2one", "w4a8")
+    assert {"device_name", "model_digest", "evaluation_digest", "calibration_digest"} <= set(tags)
+    assert ptq_run.data.params["mode"] == "W4A8"  # as typed
+    assert ptq_run.data.params["latency_runs"] == "5"
+    assert {item.tags[0].value for item in ptq_run.inputs.dataset_inputs} == {"calibration", "evaluation"}
+
+
+def test_ptq_artifacts_say_what_was_done(ptq_run: Run) -> None:
+    def read(name: str) -> str:
+        return str(mlflow.artifacts.load_text(f"runs:/{ptq_run.info.run_id}/{name}"))
+
+    calibration = json.loads(read("calibration.json"))
+    assert (calibration["images"], calibration["seed"]) == (6, 0)
+    assert len(calibration["activation_quantizers"]) == 82
+    assert set(next(iter(calibration["activation_quantizers"].values()))) >= {"scale", "zero_point", "minimum"}
+    layers = json.loads(read("layers.json"))
+    assert [row["weight_bits"] for row in layers if row["role"] == "dfl"] == ["float"]
+    assert {row["weight_bits"] for row in layers if row["role"] == "depthwise"} == {8}
+    assert yaml.safe_load(read("config.yaml"))["resolved"]["device"] in ("cpu", "cuda")
+    assert "mAP50-95" in read("summary.md")
+
+
+def test_baseline_is_nested_once_and_reused(ptq_run: Run, shared_store: Path) -> None:
+    baseline = named(shared_store, "baseline-fp32-yolov10n-demo")
+    assert baseline.data.tags["mlflow.parentRunId"] == ptq_run.info.run_id
+    expected = 100 * (baseline.data.metrics["mAP50-95"] - ptq_run.data.metrics["mAP50-95"])
+    assert ptq_run.data.metrics["mAP50-95_drop"] == pytest.approx(expected)
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w8a16", "--recipe", "naive")
+    assert done.returncode == 0, done.stderr
+    assert "reusing run" in done.stderr
+    assert sum(run.data.tags["entry_point"] == "baseline" for run in runs(shared_store)) == 1
+
+
+def test_model_is_logged_with_its_metrics(ptq_run: Run, shared_store: Path) -> None:
+    experiment = ptq_run.info.experiment_id
+    models = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")
+    mine = [model for model in models if model.source_run_id == ptq_run.info.run_id]
+    assert len(mine) == 1
+    assert {metric.key for metric in mine[0].metrics} >= {"mAP50-95", "latency_ms_p50"}
+
+
+def test_same_command_twice_gives_the_same_metrics(ptq_run: Run, shared_store: Path) -> None:
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w4a8")
+    assert done.returncode == 0, done.stderr
+    again = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
+    assert again.info.run_id != ptq_run.info.run_id
+    for name, value in ptq_run.data.metrics.items():
+        if not name.startswith("latency") and not name.endswith("seconds"):
+            assert again.data.metrics[name] == value, name
+
+
+def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_store: Path) -> None:
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri)
+    assert done.returncode == 0, done.stderr
+    scored = named(shared_store, "evaluate-w4a8-yolov10n-demo")
+    for name in ("mAP50-95", "AR100", "mAP50-95_drop", "weight_bits_avg"):
+        assert scored.data.metrics[name] == pytest.approx(ptq_run.data.metrics[name]), name
+    assert "parity_mean_abs" not in scored.data.metrics
+
+
+def test_evaluate_refuses_the_other_head(ptq_run: Run, shared_store: Path) -> None:
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri, "--head", "one2many")
+    assert done.returncode == 1
+    assert "use head=one2one" in done.stderr
+
+
+def test_benchmark_measures_speed_only(ptq_run: Run, shared_store: Path) -> None:
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    done = run_pipeline(shared_store, "benchmark", "--onnx", uri, "--latency-runs", "5")
+    assert done.returncode == 0, done.stderr
+    timed = named(shared_store, "benchmark-w4a8-yolov10n-demo")
+    assert timed.data.metrics["latency_ms_p50"] > 0
+    assert "mAP50-95" not in timed.data.metrics
+
+
+def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) -> None:
+    done = run_pipeline(shared_store, "baseline", *DEMO, "--precision", "fp16")
+    assert done.returncode == 0, done.stderr
+    half = named(shared_store, "baseline-fp16-yolov10n-demo")
+    assert abs(half.data.metrics["mAP50-95_drop"]) < 2
+    assert half.data.metrics["onnx_mb"] < 2.2
+
+
+def test_one_to_many_head(ptq_run: Run, shared_store: Path) -> None:
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w8a8", "--head", "one2many")
+    assert done.returncode == 0, done.stderr
+    many = named(shared_store, "ptq-w8a8-default-yolov10n-demo")
+    assert many.data.tags["head"] == "one2many"
+    assert many.data.metrics["mAP50-95"] > 0.3

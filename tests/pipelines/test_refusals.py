@@ -1,0 +1,73 @@
+"""Bad input: one line, the right exit code, and a run that ends FAILED with the reason."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import ROOT, run_pipeline  # noqa: E402
+
+CASES = {
+    "mode": (("--mode", "w2a2"), 2, "mode=w2a2: unknown mode; use one of w8a16, w8a8, w4a16, w4a8"),
+    "recipe": (("--recipe", "magic"), 2, "recipe=magic: unknown recipe"),
+    "head": (("--head", "two2two"), 2, "head=two2two: unknown head"),
+    "provider": (("--provider", "tpu"), 2, "provider=tpu: unknown provider"),
+    "number": (("--calib-images", "many"), 2, "calib_images=many: not a whole number"),
+    "negative": (("--eval-images", "-1"), 2, "eval_images=-1: must not be negative"),
+    "device": (("--device", "abacus"), 2, "device=abacus: unknown device"),
+    "imgsz": (("--imgsz", "100"), 2, "imgsz=100: must be a multiple of 32"),
+    "too many": (("--eval-images", "5000"), 2, "eval_images=5000"),
+    "data root": (("--data-root", "nowhere"), 1, "data_root=nowhere: no such folder"),
+    "list": (("--calib-list", "nowhere.txt"), 1, "calib_list=nowhere.txt: no such file"),
+    "model": (("--model", "weights/gone.pt"), 1, "model=weights/gone.pt: no such file"),
+    "segmentation": (("--model", "yolov8n-seg.yaml"), 1, "a segment model"),
+    "classes": (("--model", "yolov10n.yaml"), 1, "detects 80 classes"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(case: str, shared_store: Path) -> None:
+    options, code, message = CASES[case]
+    defaults = {"--model": "demo", "--data-root": "demo"} | dict([options])
+    done = run_pipeline(shared_store, "ptq", *[part for pair in defaults.items() for part in pair])
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in done.stderr
+    mlflow.set_tracking_uri(f"sqlite:///{shared_store}/mlflow.db")
+    last = mlflow.search_runs(output_format="list", max_results=1, order_by=["attributes.start_time DESC"])[0]
+    assert last.info.status == "FAILED"
+    assert message in last.data.tags["failure_reason"]
+
+
+def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", "demo", "--data-root", "demo"],
+        cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("InsertQuantizers"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    run = mlflow.search_runs(output_format="list")[0]
+    assert run.info.status == "KILLED"
+    assert run.data.tags["failure_reason"] == "interrupted"
+
+
+def test_onnx_is_required(shared_store: Path) -> None:
+    done = run_pipeline(shared_store, "evaluate", "--data-root", "demo")
+    assert done.returncode == 2
+    assert "error: onnx: missing" in done.stderr

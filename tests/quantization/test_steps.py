@@ -1,0 +1,162 @@
+"""Each step of a recipe on a net of three convolutions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quantrack.errors import UsageError
+from quantrack.quantization.activation_ranges import MinMaxActivationRanges
+from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import (
+    activation_quantization,
+    fake_quantize,
+    quantized_layers,
+    set_activation_range,
+    weight_bits,
+    weight_scale,
+)
+from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.recipe import RECIPES, apply_recipe, parse_recipe
+from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
+
+MakeJob = Callable[[str], QuantizationJob]
+
+
+def prepared(job: QuantizationJob, **settings: object) -> QuantizationJob:
+    plain = {"roles_at_8_bits": (), "float_roles": ()}
+    apply_recipe(job, (InsertQuantizers(**{**plain, **settings}), ObserveActivations(), MseWeightScales()))
+    apply_recipe(job, (MinMaxActivationRanges(),))
+    return job
+
+
+def output_error(job: QuantizationJob) -> float:
+    with torch.no_grad():
+        return sum(float((job.model(batch) - job.float_model(batch)).square().mean()) for batch in job.batches())
+
+
+def test_roles_decide_the_bits(make_job: MakeJob) -> None:
+    job = make_job("w4a8")
+    apply_recipe(job, (InsertQuantizers(),))
+    bits = [weight_bits(layer) for layer in quantized_layers(job.model).values()]
+    assert bits == [8, 8, 4]  # first, depthwise, and an ordinary one
+    sizes = [3 * 8 * 9, 8 * 9, 8 * 6]
+    expected = (8 * sizes[0] + 8 * sizes[1] + 4 * sizes[2]) / sum(sizes)
+    assert average_weight_bits(job.model) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("mode", "quantized"), [("w4a16", False), ("w4a8", True)])
+def test_a16_keeps_activations_float(make_job: MakeJob, mode: str, quantized: bool) -> None:
+    job = prepared(make_job(mode))
+    for layer in quantized_layers(job.model).values():
+        assert (activation_quantization(layer) is not None) == quantized
+
+
+def test_float_model_is_left_alone(make_job: MakeJob) -> None:
+    job = make_job("w4a8")
+    before = {name: value.clone() for name, value in job.float_model.state_dict().items()}
+    apply_recipe(job, RECIPES["default"])
+    for name, value in job.float_model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_asymmetric_range_covers_what_was_seen(make_job: MakeJob) -> None:
+    job = prepared(make_job("w4a8"))
+    for name, layer in quantized_layers(job.model).items():
+        seen, chosen = job.statistics[name], activation_quantization(layer)
+        assert chosen is not None
+        assert not chosen.signed
+        assert chosen.minimum == pytest.approx(min(seen.minimum, 0), abs=chosen.scale)
+        assert chosen.maximum == pytest.approx(seen.maximum, abs=chosen.scale)
+
+
+def test_symmetric_range(make_job: MakeJob) -> None:
+    job = prepared(make_job("w8a8"), activation="symmetric")
+    layer = next(iter(quantized_layers(job.model).values()))
+    set_activation_range(layer, -0.5, 2.0)
+    chosen = activation_quantization(layer)
+    assert chosen is not None
+    assert (chosen.signed, chosen.zero_point) == (True, 0)
+    assert chosen.maximum == pytest.approx(2.0)
+
+
+def test_brevitas_rounds_to_our_grid(make_job: MakeJob) -> None:
+    job = prepared(make_job("w4a8"))
+    for layer in quantized_layers(job.model).values():
+        expected = fake_quantize(layer.weight.detach(), weight_scale(layer), weight_bits(layer))
+        torch.testing.assert_close(layer.quant_weight().value, expected)
+
+
+def test_mse_scales_beat_min_max(make_job: MakeJob) -> None:
+    job = make_job("w4a16")
+    apply_recipe(job, (InsertQuantizers(roles_at_8_bits=()), ObserveActivations(), MinMaxWeightScales()))
+    figures = MseWeightScales().apply(job)
+    assert figures["error_after"] < figures["error_before"]
+
+
+def test_gptq_stays_on_the_grid_and_lowers_the_output_error(make_job: MakeJob) -> None:
+    job = prepared(make_job("w4a16"))
+    rounded_error = output_error(job)
+    figures = Gptq().apply(job)
+    assert figures["error_after"] < 0.8 * figures["error_before"]
+    assert output_error(job) < rounded_error
+    for layer in quantized_layers(job.model).values():
+        on_grid = fake_quantize(layer.weight.detach(), weight_scale(layer), weight_bits(layer))
+        torch.testing.assert_close(layer.weight.detach(), on_grid)
+
+
+def test_gptq_in_several_passes_gives_the_same(make_job: MakeJob) -> None:
+    one, many = prepared(make_job("w4a16")), prepared(make_job("w4a16"))
+    assert Gptq(positions=10**9).apply(one)["passes"] == 1
+    assert Gptq(positions=10**9, memory_gb=1e-9).apply(many)["passes"] == 3
+    for name, layer in quantized_layers(one.model).items():
+        torch.testing.assert_close(layer.weight, quantized_layers(many.model)[name].weight)
+
+
+def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
+    weight, scale = torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
+    rounded = Gptq().round(weight, torch.eye(5).expand(2, 5, 5), scale, 7)
+    torch.testing.assert_close(rounded, torch.clamp(torch.round(weight / 0.3), -7, 7) * 0.3)
+
+
+def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:
+    job = prepared(make_job("w4a16"))
+    before = output_error(job)
+    BiasCorrection().apply(job)
+    assert output_error(job) < before
+    first = next(iter(quantized_layers(job.model).values()))
+    float_first = job.float_model.get_submodule("model.0")
+    with torch.no_grad():
+        shifts = [(first(batch) - float_first(batch)).mean(dim=(2, 3)) for batch in job.batches()]
+    assert torch.cat(shifts).mean(dim=0).abs().max() < 1e-5
+    assert all(layer.bias is not None for layer in quantized_layers(job.model).values())
+
+
+def test_same_seed_same_weights(make_job: MakeJob) -> None:
+    first, second = make_job("w4a8"), make_job("w4a8")
+    for job in (first, second):
+        apply_recipe(job, RECIPES["default"])
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(UsageError, match="recipe=best: unknown recipe; use one of naive, default"):
+        parse_recipe("best")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gptq(damping=0),
+        lambda: Gptq(positions=0),
+        lambda: MseWeightScales(candidates=1),
+        lambda: InsertQuantizers(activation="fp8"),
+    ],
+)
+def test_settings_refuse_nonsense(make: Callable[[], object]) -> None:
+    with pytest.raises(UsageError):
+        make()

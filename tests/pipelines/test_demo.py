@@ -1,16 +1,13 @@
 """The entry points as a user runs them, on the embedded demo with few pictures."""
 
 import json
-import sys
 from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
+from command import run_pipeline, use_store
 from mlflow.entities import Run
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import run_pipeline  # noqa: E402
 
 DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
 METRICS = {
@@ -27,7 +24,7 @@ ARTIFACTS = {
 
 
 def runs(folder: Path) -> list[Run]:
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    use_store(folder)
     found = mlflow.search_runs(search_all_experiments=True, output_format="list")
     return [run for run in found if isinstance(run, Run)]
 

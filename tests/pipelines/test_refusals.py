@@ -9,9 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import ROOT, run_pipeline  # noqa: E402
+from command import ROOT, run_pipeline, use_store
 
 CASES = {
     "mode": (("--mode", "w2a2"), 2, "mode=w2a2: unknown mode; use one of w8a16, w8a8, w4a16, w4a8"),
@@ -41,7 +39,7 @@ def test_one_clear_line(case: str, shared_store: Path) -> None:
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in done.stderr
-    mlflow.set_tracking_uri(f"sqlite:///{shared_store}/mlflow.db")
+    use_store(shared_store)
     last = mlflow.search_runs(output_format="list", max_results=1, order_by=["attributes.start_time DESC"])[0]
     assert last.info.status == "FAILED"
     assert message in last.data.tags["failure_reason"]
@@ -61,7 +59,7 @@ def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert "interrupted" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    use_store(tmp_path)
     run = mlflow.search_runs(output_format="list")[0]
     assert run.info.status == "KILLED"
     assert run.data.tags["failure_reason"] == "interrupted"

@@ -90,11 +90,10 @@ def _read_model(path: Path, load: Load) -> nn.Module:
 
 def _refusal(path: Path, message: str) -> str:
     """One line out of torch's long advice."""
-    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|Unsupported (?:global|class|operand)[^\n]*?([\w.]+)", message)
-    if named is None or "Unsupported" not in message:
+    named = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", message, re.IGNORECASE)
+    if named is None:
         return f"model={path}: not a readable checkpoint (broken pickle); fetch it again"
-    refused = next(group for group in named.groups() if group)
     return (
-        f"model={path}: refused, its pickle calls {refused}, which no detector needs; "
+        f"model={path}: refused, its pickle calls {named[1]}, which no detector needs; "
         "if you trust where the file comes from, set trust_checkpoint=true"
     )

@@ -1,0 +1,38 @@
+"""Run a pipeline's file as a command, in this process: importing torch once is enough."""
+
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import mlflow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stderr: str
+
+
+def use_store(folder: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+
+
+def run_pipeline(folder: Path, name: str, *options: str) -> Done:
+    """Exit code and standard error of `python pipelines/NAME.py OPTIONS` with its store in `folder`."""
+    use_store(folder)
+    code, stderr, before = 0, StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with patch.object(sys, "argv", [name, *options]), patch.object(sys, "stderr", stderr):
+            runpy.run_path(str(ROOT / f"pipelines/{name}.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        os.chdir(before)
+    return Done(code, stderr.getvalue())

@@ -79,7 +79,7 @@ def markdown(runs: list[Run]) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     for run in runs:
         metrics = run.data.metrics
-        cells = [form.format(metrics[key]) if key in metrics else "–" for key, form in COLUMNS]
+        cells = [form.format(metrics[key]) if key in metrics else "-" for key, form in COLUMNS]
         lines.append(f"| {run.info.run_name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

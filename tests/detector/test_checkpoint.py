@@ -1,108 +1,177 @@
-import inspect
 import os
+import pathlib
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from quantrack.detector.checkpoint import allowed_classes, load_safely, load_trusting
-from quantrack.detector.load import load_detector
+from quantrack.detector.environment import prepare
 from quantrack.errors import QuantrackError
 
 
-class Attack:
-    """Runs a command when it is unpickled."""
+class Calls:
+    """Pickles as a call of any function."""
 
-    def __init__(self, marker: Path, function: object = os.system) -> None:
-        self.marker, self.function = marker, function
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        command = f"touch {self.marker}" if self.function is os.system else f"open({str(self.marker)!r}, 'w')"
-        return self.function, (command,)
+    def __reduce__(self):
+        return self.call
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
+def refusal(path: Path) -> str:
+    with pytest.raises(QuantrackError) as caught:
+        load_safely(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def build(name: str = "yolov10n.yaml") -> nn.Module:
+    prepare()
     from ultralytics.nn.tasks import DetectionModel
 
-    return DetectionModel("yolov10n.yaml", verbose=False)
+    return DetectionModel(name, verbose=False)
 
 
-@pytest.mark.parametrize(("function", "name"), [(os.system, "posix.system"), (eval, "builtins.eval")])
-def test_a_pickle_that_runs_code_is_refused_and_not_run(
-    tmp_path: Path, model: nn.Module, function: object, name: str
-) -> None:
-    marker = tmp_path / "marker"
-    torch.save({"model": model, "extra": Attack(marker, function)}, tmp_path / "evil.pt")
-    with pytest.raises(QuantrackError, match=r"evil.pt: refused.*trust_checkpoint=true") as caught:
-        load_safely(tmp_path / "evil.pt")
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_command_in_pickle_is_refused_not_run(tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "evil.pt"
+    torch.save({"model": Calls(os.system, f"touch {marker}")}, path)
+    message = refusal(path)
+    assert "system" in message
+    assert "trust_checkpoint=true" in message
     assert not marker.exists()
 
 
-def test_trust_is_the_way_round(tmp_path: Path, model: nn.Module) -> None:
-    torch.save({"model": model, "extra": Attack(tmp_path / "marker")}, tmp_path / "trusted.pt")
-    assert isinstance(load_trusting(tmp_path / "trusted.pt"), nn.Module)
-    assert (tmp_path / "marker").exists()
+@pytest.mark.parametrize("function", [getattr, eval, __import__])
+def test_functions_are_refused(tmp_path, function):
+    torch.save({"model": Calls(function, "1", "real")}, tmp_path / "evil.pt")
+    assert function.__name__ in refusal(tmp_path / "evil.pt")
 
 
-def test_allow_list_holds_module_classes_only() -> None:
-    for kind in allowed_classes():
-        assert inspect.isclass(kind)
-        home = kind.__module__.split(".")[0]
-        assert kind is set or home in ("torch", "ultralytics")
-        assert issubclass(kind, nn.Module) or kind.__name__ in ("set", "IterableSimpleNamespace")
-
-
-def test_ema_comes_first_and_half_becomes_float(tmp_path: Path, model: nn.Module) -> None:
+@pytest.mark.parametrize("registered", [False, True])
+def test_listed_class_cannot_be_called(tmp_path, registered):
+    """Ultralytics' models evaluate the `activation` text they are constructed with."""
+    prepare()
     from ultralytics.nn.tasks import DetectionModel
 
-    ema = DetectionModel("yolov10n.yaml", verbose=False)
-    torch.save({"model": model.half(), "ema": ema.half()}, tmp_path / "both.pt")
-    model.float()
-    loaded = load_safely(tmp_path / "both.pt")
-    weight = next(loaded.parameters())
-    assert weight.dtype == torch.float32
-    torch.testing.assert_close(weight, next(ema.float().parameters()))
+    marker, path = tmp_path / "ran", tmp_path / "evil.pt"
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    description = {"nc": 1, "activation": code, "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": []}
+    torch.save({"model": Calls(DetectionModel, description)}, path)
+    with torch.serialization.safe_globals([DetectionModel] if registered else []):  # by anyone else
+        before = set(torch.serialization.get_safe_globals())
+        assert "calls ultralytics.nn.tasks.DetectionModel" in refusal(path)
+        assert set(torch.serialization.get_safe_globals()) == before
+    assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half an archive"])
-def test_broken_files(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "broken.pt").write_bytes(content)
-    with pytest.raises(QuantrackError, match=r"broken.pt: not a readable checkpoint"):
-        load_safely(tmp_path / "broken.pt")
+@pytest.mark.parametrize("alias", ["ultralytics/nn/tasks/DetectionModel", "ultralytics.nn/tasks/DetectionModel"])
+def test_real_class_cannot_be_named(tmp_path, alias):
+    """The names under which torch knows the real classes are out of a pickle's reach."""
+    prepare()
+    from ultralytics.nn.tasks import DetectionModel
+
+    path, edited = tmp_path / "good.pt", tmp_path / "evil.pt"
+    torch.save({"model": DetectionModel.__new__(DetectionModel), "call": Calls(DetectionModel, {})}, path)
+    rewrite_pickle(path, edited, b"cultralytics.nn.tasks\nDetectionModel\n", b"c" + alias.encode() + b"\n\n")
+    assert refusal(edited)
 
 
-def test_truncated_file(tmp_path: Path, model: nn.Module) -> None:
-    torch.save({"model": model}, tmp_path / "cut.pt")
-    content = (tmp_path / "cut.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(QuantrackError, match=r"cut.pt: not a readable checkpoint"):
-        load_safely(tmp_path / "cut.pt")
+def rewrite_pickle(source: Path, target: Path, old: bytes, new: bytes) -> None:
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
+        for entry in before.namelist():
+            content = before.read(entry)
+            if entry.endswith("data.pkl"):
+                assert old in content
+                content = content.replace(old, new)
+            after.writestr(entry, content)
 
 
-def test_missing_file_and_file_without_model(tmp_path: Path) -> None:
-    with pytest.raises(QuantrackError, match=r"gone.pt: no such file"):
-        load_safely(tmp_path / "gone.pt")
-    torch.save({"weights": torch.ones(1)}, tmp_path / "weights.pt")
-    with pytest.raises(QuantrackError, match=r"weights.pt: holds no model"):
-        load_safely(tmp_path / "weights.pt")
+def test_only_classes_are_allowed():
+    assert all(isinstance(kind, type) for kind in allowed_classes())
 
 
-def test_segmentation_checkpoint_is_no_detector(tmp_path: Path) -> None:
-    from ultralytics.nn.tasks import SegmentationModel
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_broken_file(tmp_path, damage):
+    path = tmp_path / "broken.pt"
+    torch.save({"model": nn.Linear(64, 64)}, path)
+    content = {"truncated": path.read_bytes()[:9000], "text": b"not a checkpoint", "empty": b""}[damage]
+    path.write_bytes(content)
+    assert "not a readable checkpoint" in refusal(path)
+    with pytest.raises(QuantrackError, match="not a readable checkpoint"):
+        load_trusting(path)
 
-    torch.save({"model": SegmentationModel("yolov8n-seg.yaml", verbose=False)}, tmp_path / "seg.pt")
-    with pytest.raises(QuantrackError, match="not a detection model"):
-        load_detector(str(tmp_path / "seg.pt"), "one2many", 64, 0, False)
+
+def test_missing_file(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.pt")
+
+
+def test_no_model_inside(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "odd.pt")
+    assert "holds no model" in refusal(tmp_path / "odd.pt")
+
+
+def test_averaged_weights_come_first_and_float(tmp_path):
+    content = {"model": nn.Linear(2, 2).half(), "ema": nn.Linear(2, 3).half()}
+    torch.save(content, tmp_path / "both.pt")
+    model = load_safely(tmp_path / "both.pt")
+    assert model.out_features == 3
+    assert model.weight.dtype == torch.float32
+    assert not model.training
+
+
+def test_training_checkpoint_with_plain_data(tmp_path):
+    """What trainers keep beside the model: settings, paths, NumPy numbers, the loss."""
+    prepare()
+    from ultralytics.utils import IterableSimpleNamespace
+
+    model = build()
+    model.args = IterableSimpleNamespace(box=7.5, cls=0.5, dfl=1.5, epochs=1, save_dir=pathlib.Path("/runs"))
+    model.criterion = model.init_criterion()
+    torch.save({"model": model, "best_fitness": np.float64(0.5), "classes": {1, 2}}, tmp_path / "train.pt")
+    loaded = load_safely(tmp_path / "train.pt")
+    assert type(loaded) is type(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_older_names(tmp_path):
+    """The class name that the first YOLOv10 checkpoints carry."""
+    torch.save({"model": build()}, tmp_path / "new.pt")
+    old = b"cultralytics.nn.tasks\nYOLOv10DetectionModel\n"
+    rewrite_pickle(tmp_path / "new.pt", tmp_path / "old.pt", b"cultralytics.nn.tasks\nDetectionModel\n", old)
+    assert type(load_safely(tmp_path / "old.pt")).__name__ == "DetectionModel"
+
+
+SETTINGS_CODE = "import quantrack.detector.environment as e; e.prepare(); from ultralytics.utils import SETTINGS"
+
+
+@pytest.mark.parametrize(("exists", "first"), [(True, ""), (False, ""), (True, "import ultralytics; ")])
+def test_settings_file_of_the_user_is_untouched(tmp_path, exists, first):
+    settings = tmp_path / ".config/Ultralytics/settings.json"
+    inherited = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+    environment = {name: os.environ[name] for name in inherited if name in os.environ}
+    environment |= {"HOME": str(tmp_path), "YOLO_OFFLINE": "true"}
+    if exists:  # written by Ultralytics itself, then loaded by us
+        subprocess.run([sys.executable, "-c", "import ultralytics"], env=environment, check=True, timeout=120)
+        before = settings.read_bytes()
+    code = first + SETTINGS_CODE + "; print(SETTINGS['sync'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "False"
+    assert settings.read_bytes() == before if exists else not settings.exists()
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("head", "rows"), [("one2one", (1, 300, 6)), ("one2many", (1, 84, 8400))])
-def test_real_checkpoint_loads_safely(real_inputs: Path, head: str, rows: tuple[int, ...]) -> None:
-    detector = load_detector(str(real_inputs / "weights/yolov10n.pt"), head, 640, 0, False)
-    assert len(detector.class_names) == 80
-    with torch.no_grad():
-        assert detector.model(torch.zeros(1, 3, 640, 640)).shape == rows
+def test_official_weights_load_safely(real_inputs):
+    model = load_safely(real_inputs / "weights/yolov10n.pt")
+    assert type(model).__name__ == "DetectionModel"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

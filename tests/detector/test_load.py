@@ -1,120 +1,182 @@
-import copy
-import json
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from quantrack.detector.environment import prepare
 from quantrack.detector.load import load_detector
-from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
+from quantrack.files import file_digest
+
+IMGSZ = 64
+ANCHORS = 8 * 8 + 4 * 4 + 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("architecture", "head", "shape"),
-    [
-        ("yolov10n.yaml", "one2one", (1, 84, 6)),
-        ("yolov10n.yaml", "one2many", (1, 84, 84)),
-        ("yolov8n.yaml", "one2many", (1, 84, 84)),
-        ("yolov9t.yaml", "one2many", (1, 84, 84)),
-        ("yolo11n.yaml", "one2many", (1, 84, 84)),
-        ("yolo26n.yaml", "one2one", (1, 84, 6)),
-    ],
-)
-def test_architectures(architecture: str, head: str, shape: tuple[int, ...]) -> None:
-    detector = load_detector(architecture, head, 64, 0, False)
-    with torch.no_grad():
-        output = detector.model(torch.rand(1, 3, 64, 64))
-    assert output.shape == shape
-    assert detector.name == architecture.removesuffix(".yaml")
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.model.modules())
+def load(source: object, head: str = "one2many", imgsz: int = IMGSZ, seed: int = 0):
+    return load_detector(str(source), head, imgsz, seed, trust_checkpoint=False)
+
+
+@pytest.mark.parametrize("source", ["yolov10n", "yolov8n", "yolo11n", "yolov9t", "yolo26n"])
+def test_one_to_many_head(source, capfd):
+    detector = load(f"{source}.yaml")
+    assert (detector.name, detector.head, detector.stride) == (source, "one2many", 32)
+    assert len(detector.class_names) == 80
+    assert not detector.model.training
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in detector.model.modules())
     assert not any(parameter.requires_grad for parameter in detector.model.parameters())
+    output = detector.model(torch.rand(2, 3, IMGSZ, IMGSZ))
+    assert output.shape == (2, 84, ANCHORS)
+    assert output[:, 4:].min() >= 0
+    assert output[:, 4:].max() <= 1
+    assert "".join(capfd.readouterr()) == ""
 
 
-def test_seed_decides_weights_and_digest() -> None:
-    first, same, other = (load_detector("yolov10n.yaml", "one2one", 64, seed, False) for seed in (0, 0, 1))
-    weights = [next(detector.model.parameters()) for detector in (first, same, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-    assert first.digest == same.digest != other.digest
+@pytest.mark.parametrize("source", ["yolov10n", "yolo26n"])
+def test_one_to_one_head(source):
+    detector = load(f"{source}.yaml", "one2one", 128)
+    output = detector.model(torch.rand(1, 3, 128, 128))
+    assert output.shape == (1, 300, 6)
+    scores = output[0, :, 4]
+    assert torch.equal(scores, scores.sort(descending=True).values)
+    assert set(output[0, :, 5].tolist()) <= set(range(80))
 
 
-def test_a_copy_computes_the_same() -> None:
-    detector = load_detector("yolov10n.yaml", "one2many", 64, 0, False)
-    image = torch.rand(1, 3, 64, 64)
+def test_fewer_anchors_than_detections():
+    assert load("yolov10n.yaml", "one2one").model(torch.rand(1, 3, IMGSZ, IMGSZ)).shape == (1, ANCHORS, 6)
+
+
+def test_fold_keeps_outputs():
+    prepare()
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(3)
+    before = DetectionModel("yolov10n.yaml", verbose=False).eval()
+    images = torch.rand(1, 3, IMGSZ, IMGSZ)
     with torch.no_grad():
-        assert torch.equal(copy.deepcopy(detector.model)(image), detector.model(image))
+        expected = before(images)[0]
+        found = load("yolov10n.yaml", seed=3).model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["one2one", "one2many"])
-def test_roles_by_structure(head: str) -> None:
-    roles = Counter(convolution_roles(load_detector("yolov10n.yaml", head, 64, 0, False).model).values())
-    assert roles == {
-        Role.FIRST: 1,
-        Role.HEAD_OUTPUT: 6,
-        Role.DFL: 1,
-        Role.DEPTHWISE: 13,
-        Role.ATTENTION: 2,
-        Role.BODY: 60,
-    }
+def test_seed_and_scale_decide_the_digest():
+    first = load("yolov10n.yaml", seed=1)
+    again = load("yolov10n.yaml", seed=1)
+    other = load("yolov10n.yaml", seed=2)
+    assert first.digest == again.digest != other.digest
+    assert torch.equal(next(first.model.parameters()), next(again.model.parameters()))
+    assert load("yolov8n.yaml").digest != load("yolov8s.yaml").digest
 
 
-def test_no_dfl_where_the_architecture_has_none() -> None:
-    roles = convolution_roles(load_detector("yolo26n.yaml", "one2one", 64, 0, False).model)
-    assert Role.DFL not in roles.values()
+def test_demo():
+    detector = load("demo", "one2one")
+    assert detector.name == "yolov10n-demo"
+    assert len(detector.digest) == 64
 
 
-@pytest.mark.parametrize(
-    ("source", "head", "imgsz", "kind", "message"),
-    [
-        ("yolov8n.yaml", "one2one", 64, UsageError, "no one-to-one head; use head=one2many"),
-        ("yolov10n.yaml", "one2one", 65, UsageError, "imgsz=65: must be a multiple of 32"),
-        ("yolov8n-seg.yaml", "one2many", 64, QuantrackError, "a segment model"),
-        ("nothing.yaml", "one2many", 64, QuantrackError, "no such architecture"),
-        ("nothing.pt", "one2many", 64, QuantrackError, "no model that Ultralytics publishes"),
-        ("folder/nothing.pt", "one2many", 64, QuantrackError, "no such file"),
-    ],
-)
-def test_refusals(source: str, head: str, imgsz: int, kind: type[QuantrackError], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        load_detector(source, head, imgsz, 0, False)
+def test_checkpoint_file(tmp_path):
+    path = tmp_path / "mine.pt"
+    torch.save({"model": build("DetectionModel", "yolov10n.yaml").half(), "ema": None}, path)
+    detector = load(path)
+    assert detector.name == "mine"
+    assert detector.digest == file_digest(path)
 
 
-def test_published_name_offline_names_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from ultralytics.utils import downloads
+def build(kind: str, source: str) -> nn.Module:
+    prepare()
+    from ultralytics.nn import tasks
 
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
-    monkeypatch.setattr(downloads, "attempt_download_asset", offline)
-    with pytest.raises(QuantrackError, match=r"yolov10m.pt: not here and cannot be downloaded.*model=demo"):
-        load_detector("yolov10m.pt", "one2one", 64, 0, False)
+    return getattr(tasks, kind)(source, verbose=False)
 
 
-@pytest.mark.parametrize("present", [True, False])
-def test_users_ultralytics_settings_are_left_as_found(tmp_path: Path, present: bool) -> None:
-    settings = tmp_path / "config/Ultralytics/settings.json"
-    if present:
-        settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({"sync": True, "odd": 1}))
-    before = settings.read_bytes() if present else None
-    code = (
-        "from quantrack.detector.load import load_detector; import os;"
-        "load_detector('yolov10n.yaml', 'one2one', 64, 0, False);"
-        "from ultralytics.utils import AUTOINSTALL, SETTINGS;"
-        "assert not AUTOINSTALL; assert not SETTINGS['sync']"
+def test_segmentation_checkpoint(tmp_path):
+    path = tmp_path / "segment.pt"
+    torch.save({"model": build("SegmentationModel", "yolov8n-seg.yaml")}, path)
+    with pytest.raises(QuantrackError, match="SegmentationModel, not a detection model"):
+        load(path)
+
+
+@pytest.mark.parametrize("source", ["yolov8n-seg.yaml", "yolov8n-cls.yaml", "yolov8n-pose.yaml", "yolov8n-obb.yaml"])
+def test_other_tasks_architecture(source):
+    with pytest.raises(QuantrackError, match="Quantrack takes detection models"):
+        load(source)
+
+
+def test_unknown_head():
+    with pytest.raises(UsageError, match=r"head=both: .*one2one or one2many"):
+        load("yolov10n.yaml", "both")
+
+
+def test_head_that_the_model_lacks():
+    with pytest.raises(UsageError, match="has no one-to-one head; use head=one2many"):
+        load("yolov8n.yaml", "one2one")
+
+
+@pytest.mark.parametrize("imgsz", [0, -32, 100])
+def test_image_size(imgsz):
+    with pytest.raises(UsageError, match=f"imgsz={imgsz}: .*multiple"):
+        load("yolov10n.yaml", imgsz=imgsz)
+
+
+@pytest.mark.parametrize("source", ["none/weights.pt", "nothing.pt", "word", "none.yaml", "https://a.b/yolov8n.yaml"])
+def test_missing_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QuantrackError) as caught:
+        load(source)
+    assert source in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_architecture_file_runs_no_code(tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "evil.yaml"
+    code = f"__import__('pathlib').Path('{marker}').touch()"
+    path.write_text(
+        f'nc: 1\nactivation: "{code}"\nbackbone: [[-1, 1, Conv, [8, 3, 2]]]\nhead: [[[0], 1, Detect, [nc]]]\n'
     )
-    environment = {
-        "HOME": str(tmp_path),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "QUANTRACK_CACHE": str(tmp_path / "cache"),
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (settings.read_bytes() if settings.exists() else None) == before
+    with pytest.raises(QuantrackError, match="cannot be built"):
+        load(path)
+    assert not marker.exists()
+
+
+def published(monkeypatch, tmp_path, download):
+    prepare()
+    import ultralytics.utils.downloads as downloads
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(downloads, "attempt_download_asset", download)
+
+
+def test_offline_names_the_demo(monkeypatch, tmp_path):
+    def fail(file, **_):
+        Path(file).write_bytes(b"half")
+        raise ConnectionError("no network\nhere")
+
+    published(monkeypatch, tmp_path, fail)
+    with pytest.raises(QuantrackError, match=r"yolov10m\.pt.*-P model=demo -P data_root=demo") as caught:
+        load("yolov10m.pt")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache/weights").iterdir()) == []
+
+
+def test_download_goes_to_the_cache(monkeypatch, tmp_path):
+    saved = tmp_path / "saved"
+    torch.save({"model": build("DetectionModel", "yolov10n.yaml")}, saved)
+    calls = []
+
+    def fetch(file, **_):
+        calls.append(file)
+        Path(file).write_bytes(saved.read_bytes())
+        return str(file)
+
+    published(monkeypatch, tmp_path, fetch)
+    assert load("yolov10n.pt").name == load("yolov10n.pt").name == "yolov10n"
+    assert len(calls) == 1
+    assert [path.name for path in (tmp_path / "cache/weights").iterdir()] == ["yolov10n.pt"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("head", ["one2one", "one2many"])
+def test_official_weights(real_inputs, head):
+    detector = load(real_inputs / "weights/yolov10n.pt", head)
+    assert detector.class_names[0] == "person"

@@ -1,13 +1,16 @@
 """Import Ultralytics without its side effects.
 
 By itself it installs packages at run time, writes a settings file into the user's home, sends
-analytics and logs to standard output. `prepare` must run before its first import.
+analytics, evaluates code in architecture files and logs to standard output. `prepare` must run
+before its first import; every file of this room imports it only after calling `prepare`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,10 +25,27 @@ def prepare() -> None:
     os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_VERBOSE"] = "false"
     os.environ["YOLO_CONFIG_DIR"] = str(cache_folder() / "ultralytics")
+    os.environ["ULTRALYTICS_SAFE_LOAD"] = "true"  # `activation:` in a *.yaml is parsed, not evaluated
     logger = logging.getLogger("ultralytics")
     logger.setLevel(logging.ERROR)
-    from ultralytics.utils import SETTINGS
+    with _offline():
+        from ultralytics.utils import SETTINGS
 
     logger.setLevel(logging.ERROR)  # its import sets the level again
-    if SETTINGS["sync"]:  # analytics and crash reports; our own settings file, so it may be written
-        SETTINGS.update({"sync": False})
+    # Analytics and crash reports off, in memory only: if someone imported Ultralytics before us,
+    # SETTINGS is the user's own file, and SETTINGS["sync"] = ... would write it.
+    dict.__setitem__(SETTINGS, "sync", False)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No name look-ups while it is imported; afterwards a download may look again."""
+    before = os.environ.get("YOLO_OFFLINE")
+    os.environ["YOLO_OFFLINE"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["YOLO_OFFLINE"]
+        else:
+            os.environ["YOLO_OFFLINE"] = before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +19,8 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
 ONE2ONE = "one2one"
+ONE2MANY = "one2many"
+MAX_DETECTIONS = 300
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Detector:
 
     `model` maps images [B, 3, S, S] (RGB, 0..1) to one tensor: one2one [B, 300, 6] as (x1, y1, x2,
     y2, score, class), or one2many [B, 4 + classes, anchors] as (cx, cy, w, h, class scores); boxes
-    in network pixels. `digest` identifies the weights.
+    in network pixels. `digest` identifies the weights; S is a multiple of `stride`, in pixels.
     """
 
     model: nn.Module
@@ -32,15 +37,23 @@ class Detector:
     head: str
     class_names: tuple[str, ...]
     digest: str
+    stride: int
 
 
 def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoint: bool) -> Detector:
-    """Load, choose the head, fold BatchNorm, and see the model work once at `imgsz`.
+    """Load, choose the head, fold BatchNorm, and see the model work once at `imgsz` (pixels).
+
+    `source`: `demo`, a checkpoint's path, a `*.yaml` architecture (a file, or a name that Ultralytics
+    knows; random weights from `seed`), or a published checkpoint's name, which is downloaded.
 
     Raises:
         QuantrackError: the source is missing, broken, refused, or no detection model.
-        UsageError: the model lacks the head, or `imgsz` does not fit its stride.
+        UsageError: the head is unknown or the model lacks it, or `imgsz` does not fit its stride.
     """
+    if head not in (ONE2ONE, ONE2MANY):
+        raise UsageError(f"head={head}: unknown head; use {ONE2ONE} or {ONE2MANY}")
+    if imgsz <= 0:
+        raise UsageError(f"imgsz={imgsz}: must be positive, a multiple of the model's stride (32 for most)")
     if source.endswith((".yaml", ".yml")):
         model, digest = _build(source, seed)
     else:
@@ -50,17 +63,37 @@ def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoin
         source = str(path)
     _require_detection(model, source)
     _choose_head(model, head, source)
-    _require_stride(model, imgsz, source)
+    stride = _require_stride(model, imgsz, source)
     _fold(model, source)
-    with torch.no_grad():  # builds the anchors at this size, so that the export has them as constants
-        output = model(torch.zeros(1, 3, imgsz, imgsz))
-    if not isinstance(output, torch.Tensor):
-        raise QuantrackError(f"model={source}: its output is not one tensor; use an Ultralytics detection model")
-    return Detector(model, Path(source).stem, head, _class_names(model), digest)
+    names = _class_names(model, source)
+    _try_once(model, head, imgsz, len(names), source)
+    return Detector(model, Path(source).stem, head, names, digest, stride)
 
 
-def _class_names(model: nn.Module) -> tuple[str, ...]:
-    names = cast("dict[int, str]", model.names)
+def _try_once(model: nn.Module, head: str, imgsz: int, classes: int, source: str) -> None:
+    """One forward pass: builds the anchors at this size, so that the export has them as constants."""
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, imgsz, imgsz))
+    except Exception as error:  # an odd architecture fails in many ways
+        raise QuantrackError(f"model={source}: does not run ({type(error).__name__}: {_line(error)})") from error
+    anchors = sum(int(imgsz / float(stride)) ** 2 for stride in _head(model).stride)
+    expected = (1, min(MAX_DETECTIONS, anchors), 6) if head == ONE2ONE else (1, 4 + classes, anchors)
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+        shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise QuantrackError(
+            f"model={source}: its {head} output is {shape}, not {list(expected)}; use an Ultralytics detection model"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _class_names(model: nn.Module, source: str) -> tuple[str, ...]:
+    names = cast("dict[int, str] | list[str]", getattr(model, "names", []))
+    if len(names) != int(_head(model).nc):
+        raise QuantrackError(f"model={source}: {len(names)} class names for {_head(model).nc} classes; save it again")
     return tuple(str(names[index]) for index in range(len(names)))
 
 
@@ -69,7 +102,8 @@ def _build(source: str, seed: int) -> tuple[nn.Module, str]:
     prepare()
     from ultralytics.nn.tasks import DetectionModel, guess_model_task, yaml_model_load
 
-    torch.manual_seed(seed)
+    if "://" in source:
+        raise QuantrackError(f"model={source}: an address; download it and give the file's path")
     try:
         description = yaml_model_load(source)
     except Exception as error:  # a missing file and broken YAML raise many kinds
@@ -79,12 +113,15 @@ def _build(source: str, seed: int) -> tuple[nn.Module, str]:
     task = guess_model_task(description)
     if task != "detect":
         raise QuantrackError(f"model={source}: a {task} model; Quantrack takes detection models")
-    digest = combined_digest([repr(sorted(description.items(), key=str)), str(seed)])
+    # parsed, and so with the scale in the name: yolov10n and yolov10m share one text
+    content = {key: value for key, value in description.items() if key != "yaml_file"}
+    digest = combined_digest([json.dumps(content, sort_keys=True, default=str), str(seed)])
+    torch.manual_seed(seed)
     try:
         model: nn.Module = DetectionModel(description, verbose=False).eval()
-        return model, digest
     except Exception as error:
-        raise QuantrackError(f"model={source}: cannot be built ({type(error).__name__}: {error})") from error
+        raise QuantrackError(f"model={source}: cannot be built ({type(error).__name__}: {_line(error)})") from error
+    return model, digest
 
 
 def _find_checkpoint(source: str) -> Path:
@@ -104,20 +141,19 @@ def _download(name: str, target: Path) -> Path:
 
     if name not in GITHUB_ASSETS_NAMES:
         raise QuantrackError(f"model={name}: no such file, and no model that Ultralytics publishes")
+    failed = (
+        f"model={name}: not here and cannot be downloaded{{}}; give a checkpoint's path, "
+        "or try the embedded demo: -P model=demo -P data_root=demo"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        attempt_download_asset(target, retry=1)
-    except Exception as error:  # network errors of many kinds
-        target.unlink(missing_ok=True)
-        raise QuantrackError(
-            f"model={name}: not here and cannot be downloaded ({type(error).__name__}); give a checkpoint's path, "
-            "or try the embedded demo: -P model=demo -P data_root=demo"
-        ) from error
-    if not target.is_file():
-        raise QuantrackError(
-            f"model={name}: not here and cannot be downloaded; give a checkpoint's path, "
-            "or try the embedded demo: -P model=demo -P data_root=demo"
-        )
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        try:
+            fetched = Path(attempt_download_asset(Path(folder) / name, retry=1, progress=False))
+        except Exception as error:  # network errors of many kinds
+            raise QuantrackError(failed.format(f" ({type(error).__name__})")) from error
+        if not fetched.is_file():
+            raise QuantrackError(failed.format(""))
+        os.replace(fetched, target)
     return target
 
 
@@ -145,10 +181,11 @@ def _head(model: nn.Module) -> Any:  # noqa: ANN401 - Ultralytics is untyped
     return model.model[-1]  # type: ignore[index]
 
 
-def _require_stride(model: nn.Module, imgsz: int, source: str) -> None:
+def _require_stride(model: nn.Module, imgsz: int, source: str) -> int:
     stride = int(cast("torch.Tensor", model.stride).max())
     if imgsz % stride:
         raise UsageError(f"imgsz={imgsz}: must be a multiple of {stride}, the stride of {Path(source).name}")
+    return stride
 
 
 def _fold(model: nn.Module, source: str) -> None:
@@ -161,3 +198,4 @@ def _fold(model: nn.Module, source: str) -> None:
     last = _head(model)
     last.export = True  # one tensor out, instead of a tuple with the training outputs
     last.format = "onnx"
+    last.max_det, last.dynamic, last.xyxy = MAX_DETECTIONS, False, False  # a checkpoint may have set them

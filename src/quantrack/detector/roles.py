@@ -24,7 +24,7 @@ class Role(Enum):
 def convolution_roles(model: nn.Module) -> dict[str, Role]:
     """The role of every convolution, quantized or not, by module name in module order."""
     prepare()
-    from ultralytics.nn.modules import DFL, Attention, Detect
+    from ultralytics.nn.modules import DFL, Attention
 
     convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
@@ -32,6 +32,30 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
     first = convolutions[0][1]
     in_dfl = _convolutions_inside(model, (DFL,))
     in_attention = _convolutions_inside(model, _attention_kinds(Attention))
+    outputs = head_output_names(model)
+
+    def role(name: str, module: nn.Conv2d) -> Role:
+        if module is first:
+            return Role.FIRST
+        if id(module) in in_dfl:
+            return Role.DFL
+        if name in outputs:
+            return Role.HEAD_OUTPUT
+        if module.groups == module.in_channels and module.groups > 1:
+            return Role.DEPTHWISE
+        return Role.ATTENTION if id(module) in in_attention else Role.BODY
+
+    return {name: role(name, module) for name, module in convolutions}
+
+
+def head_output_names(model: nn.Module) -> frozenset[str]:
+    """The last convolution of each branch of the detection head, by module name.
+
+    Call it after BatchNorm is folded: until then both heads are there, and both count.
+    """
+    prepare()
+    from ultralytics.nn.modules import Detect
+
     outputs = {
         id(cast("nn.Sequential", branch)[-1])
         for head in model.modules()
@@ -39,19 +63,7 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
         for branches in _active_branches(head)
         for branch in branches
     }
-
-    def role(module: nn.Conv2d) -> Role:
-        if module is first:
-            return Role.FIRST
-        if id(module) in in_dfl:
-            return Role.DFL
-        if id(module) in outputs:
-            return Role.HEAD_OUTPUT
-        if module.groups == module.in_channels and module.groups > 1:
-            return Role.DEPTHWISE
-        return Role.ATTENTION if id(module) in in_attention else Role.BODY
-
-    return {name: role(module) for name, module in convolutions}
+    return frozenset(name for name, module in model.named_modules() if id(module) in outputs)
 
 
 def _active_branches(head: nn.Module) -> list[nn.ModuleList]:

@@ -1,0 +1,56 @@
+"""Every mode on real COCO pictures and real YOLOv10n weights, as a user runs it."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from command import ROOT, run_pipeline, use_store
+from mlflow.entities import Run
+
+pytestmark = pytest.mark.real
+# The whole list takes three times as long and is measured by benchmarks/accuracy_table.py.
+CALIBRATION = "32"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for this file, so that the float32 baseline is measured once."""
+    return tmp_path_factory.mktemp("real")
+
+
+def measure(real_inputs: Path, store: Path, entry_point: str, *options: str) -> Run:
+    done = run_pipeline(
+        store, entry_point,
+        "--model", str(real_inputs / "weights/yolov10n.pt"),
+        "--data-root", str(real_inputs / "coco2017"),
+        "--calib-list", str(ROOT / "datasets/quantize-calib/quant100.txt"),
+        "--calib-images", CALIBRATION, "--latency-runs", "10", *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    use_store(store)
+    newest = ["attributes.start_time DESC"]
+    found = mlflow.search_runs(
+        filter_string=f"tags.entry_point = '{entry_point}'", output_format="list", max_results=1, order_by=newest
+    )[0]
+    assert isinstance(found, Run)
+    assert found.info.status == "FINISHED"
+    return found
+
+
+def test_float_baseline(real_inputs: Path, store: Path) -> None:
+    run = measure(real_inputs, store, "baseline")
+    assert run.data.metrics["mAP50-95"] == pytest.approx(0.467, abs=0.003)
+    assert run.data.metrics["parity_mean_abs"] < 1e-5
+
+
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40), ("w4a8", 0.40)])
+def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", mode)
+    assert run.data.metrics["mAP50-95"] >= least
+    assert run.data.metrics["parity_mean_abs"] < 0.02
+
+
+def test_naive_four_bits_lose_the_detector(real_inputs: Path, store: Path) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "naive")
+    assert run.data.metrics["mAP50-95"] < 0.1
+    assert run.data.metrics["weight_bits_avg"] == 4

@@ -32,7 +32,9 @@ BYTES_PER_GB = 1e9
 
 @dataclass(frozen=True)
 class Gptq:
-    """Weights become points of their grid; scales stay as they were set.
+    """Weights below 8 bits become points of their grid; scales stay as they were set.
+
+    At 8 bits rounding to nearest is already as good as the calibration pictures can tell.
 
     `positions` are drawn per batch and layer. Hessians take 4 bytes * groups * (inputs per group)^2
     a layer; layers are worked off in as many passes as `memory_gb` needs (one for YOLOv10n).
@@ -51,10 +53,11 @@ class Gptq:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         before = after = 0.0
         passes = 0
-        for names in self.chunks(quantized_layers(job.model)):
+        layers = {name: layer for name, layer in quantized_layers(job.model).items() if weight_bits(layer) < 8}
+        for names in self.chunks(layers):
             passes += 1
             for name, hessian in self.hessians(job, names).items():
-                layer = quantized_layers(job.model)[name]
+                layer = layers[name]
                 bits, scale = weight_bits(layer), weight_scale(layer)
                 weight = grouped(layer.weight.detach(), layer.groups)
                 nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
@@ -75,7 +78,8 @@ class Gptq:
                 names, used = [], 0.0
             names.append(name)
             used += need
-        yield names
+        if names:
+            yield names
 
     def hessians(self, job: QuantizationJob, names: list[str]) -> dict[str, Tensor]:
         """Mean outer product of each layer's float input columns, shape [groups, D, D] each."""

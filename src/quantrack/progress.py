@@ -15,7 +15,9 @@ _console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar; quiet where standard error is not a terminal."""
-    yield from rich_track(items, description, total=total, console=_console, transient=True)
+    yield from rich_track(
+        items, description, total=total, console=_console, transient=True, disable=not _console.is_terminal
+    )
 
 
 def console() -> Console:

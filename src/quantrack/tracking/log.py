@@ -53,9 +53,9 @@ def _dataset(folder: Path, name: str, digest: str) -> MetaDataset:
 def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str, object] | None = None) -> None:
     """`config.yaml`: the settings, and what `auto` and the like came to; names and parameters the run."""
     texts = setting_texts(settings)
-    log_new_parameters(texts)
-    content = {"settings": texts, "resolved": {"data_root": str(settings.data_folder), **(resolved or {})}}
-    mlflow.log_text(yaml.safe_dump(content, sort_keys=False), "config.yaml")
+    came_to = {"data_root": str(settings.data_folder), "calib_list": settings.calibration_list, **(resolved or {})}
+    log_new_parameters(texts | {f"{name}_resolved": str(value) for name, value in came_to.items()})
+    mlflow.log_text(yaml.safe_dump({"settings": texts, "resolved": came_to}, sort_keys=False), "config.yaml")
     name_run(run_name)
 
 

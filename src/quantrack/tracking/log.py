@@ -74,7 +74,6 @@ def log_files(files: ExportedFiles) -> None:
     for path in (files.plain, files.optimized):
         mlflow.log_artifact(str(path), "onnx")
     log_json({"exported": files.plain_nodes, "cleaned": files.optimized_nodes}, "nodes.json")
-    mlflow.log_metrics(files.metrics())
 
 
 def log_json(content: object, name: str) -> None:
@@ -83,8 +82,7 @@ def log_json(content: object, name: str) -> None:
 
 
 def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
-    """Metrics, detections, per-class table, plots and environment of one measured file."""
-    mlflow.log_metrics(proof.metrics())
+    """Detections, per-class table, plots and environment of one measured file."""
     log_provider(proof.speed.provider)
     log_json(proof.coco.metrics, "coco_metrics.json")
     log_json(detections_json(proof.detections), "detections.json")

@@ -21,8 +21,8 @@ from quantrack.tracking.log import evaluation_dataset
 SERVING_PACKAGES = ("mlflow", "numpy", "onnx", "onnxruntime-gpu")
 
 
-def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_set: EvaluationSet) -> str:
-    """Log the file that was run, its metrics linked to the evaluation set; returns the model's id."""
+def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_set: EvaluationSet) -> None:
+    """Log the file that was run, and the run's metrics linked to it and to the evaluation set."""
     model = load_onnx(path)
     versions = installed_versions()
     info = mlflow.onnx.log_model(
@@ -33,7 +33,6 @@ def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_se
         pip_requirements=[f"{package}=={versions[package]}" for package in SERVING_PACKAGES],
     )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id, dataset=evaluation_dataset(evaluation_set))
-    return str(info.model_id)
 
 
 def _signature(path: Path) -> ModelSignature:

@@ -70,7 +70,6 @@ def log_result(
     metrics = proof.metrics() | files.metrics() | dict(further)
     log_files(files)
     log_proof(proof, evaluation_set)
-    mlflow.log_metrics(metrics)
     log_identity(facts, evaluation_set, proof.speed.provider)
     log_model(files.optimized, f"{facts.model}-{facts.mode}", metrics, evaluation_set)
     log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from types import FrameType
@@ -20,8 +19,6 @@ from quantrack.tracking.run import tracked_run
 
 S = TypeVar("S")
 INTERRUPTED = 130
-# Said by libraries at import or trace time about what Quantrack does not use.
-NOISE = ("fast_hadamard_transform package not found", "Computing zero point of output accumulator")
 
 
 def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], None]) -> None:
@@ -31,8 +28,6 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     sees one line, and the run carries it as the tag `failure_reason`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
 
     def command(**texts: str) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from quantrack.progress import console
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
+PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG")  # by its bytes: a .jpg may hold a PNG
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def download_coco(settings: DownloadSettings) -> PreparedData:
     received = _fetch_annotations(settings)
     if settings.images == "all":
         return _fetch_archives(settings, received)
-    wanted = list(wanted_pictures(settings, settings.data_root))
-    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
+    wanted = list(dict.fromkeys(wanted_pictures(settings, settings.data_root)))
+    missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     received += _fetch_pictures(settings, missing)
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), received)
 
@@ -89,10 +91,10 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
         wanted = [str(path.relative_to(source)) for folder in ("val2017", "train2017")
                   for path in sorted((source / folder).glob("*.jpg"))]  # fmt: skip
     else:
-        wanted = list(wanted_pictures(settings, source))
-    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
+        wanted = list(dict.fromkeys(wanted_pictures(settings, source)))
+    missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     for name in missing:
-        problem = picture_problem(source / name)
+        problem = _problem(source / name)
         if problem is not None:
             raise QuantrackError(f"{source / name}: {problem}; complete the source folder")
         _copy(source / name, settings.data_root / name)
@@ -150,6 +152,14 @@ def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress
     return fetch(f"{settings.base_url}/{name}", target, settings.policy, _zip_problem, progress)  # type: ignore[arg-type]
 
 
+def _problem(path: Path) -> str | None:
+    """Also refuse what `picture_problem` lets pass: a login page sent in place of a picture."""
+    problem = picture_problem(path)
+    if problem is None and not path.read_bytes().startswith(PICTURE_STARTS):
+        return "not a picture"
+    return problem
+
+
 def _zip_problem(path: Path) -> str | None:
     return None if zipfile.is_zipfile(path) else "not a zip archive"
 
@@ -177,7 +187,7 @@ def extract(archive: Path, names: set[str] | None, target: Path) -> None:
                     temporary.open("wb") as out,
                 ):
                     shutil.copyfileobj(stream, out)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink(missing_ok=True)
         raise QuantrackError(f"{archive}: broken archive ({error}), removed; run again") from error
 
@@ -192,7 +202,7 @@ def _fetch_pictures(settings: DownloadSettings, names: Iterable[str]) -> int:
         task = bar.add_task("pictures", total=len(names))
 
         def one(name: str) -> int:
-            received = fetch(f"{settings.base_url}/{name}", settings.data_root / name, settings.policy, picture_problem)
+            received = fetch(f"{settings.base_url}/{name}", settings.data_root / name, settings.policy, _problem)
             bar.advance(task)
             return received
 
@@ -213,7 +223,7 @@ def _copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it, otherwise a copy."""
     with atomic_path(target) as temporary:
         try:
-            os.link(source, temporary)
+            os.link(source.resolve(), temporary)  # a link to a relative symbolic link would lead nowhere
         except OSError:
             shutil.copyfile(source, temporary)
 

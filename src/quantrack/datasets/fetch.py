@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
+from urllib3.exceptions import HTTPError, IncompleteRead, ReadTimeoutError
 
 from quantrack.errors import QuantrackError
 
 CHUNK_BYTES = 1 << 16
+SLOWEST_BYTES = 1 << 12  # fewer than this within the policy's timeout is as good as no answer
 Check = Callable[[Path], str | None]  # why a downloaded file is not good, or None
 
 
@@ -71,7 +73,9 @@ def fetch(
 
 def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int], None]) -> int:
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Accept-Encoding": "identity"}  # what arrives is what is counted, resumed and kept
+    if have:
+        headers["Range"] = f"bytes={have}-"
     try:
         with requests.get(url, headers=headers, stream=True, timeout=policy.timeout) as answer:
             if answer.status_code == requests.codes.requested_range_not_satisfiable:
@@ -80,7 +84,7 @@ def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int
             _require_success(url, answer.status_code)
             resumed = answer.status_code == requests.codes.partial_content
             return _write(answer, part, "ab" if resumed else "wb", policy, progress)
-    except requests.RequestException as error:
+    except (requests.RequestException, HTTPError) as error:
         raise _TransientError(_reason(error)) from error
 
 
@@ -95,28 +99,33 @@ def _write(
     answer: requests.Response, part: Path, mode: str, policy: FetchPolicy, progress: Callable[[int], None]
 ) -> int:
     expected = answer.headers.get("Content-Length")
-    received = 0
+    received, lately = 0, 0
     deadline = time.monotonic() + policy.timeout
     with part.open(mode) as stream:
-        for chunk in answer.iter_content(CHUNK_BYTES):
+        # read1 gives what has arrived: a slow body can be stopped, a dropped one resumed
+        while chunk := answer.raw.read1(CHUNK_BYTES, decode_content=False):
             stream.write(chunk)
-            received += len(chunk)
+            received, lately = received + len(chunk), lately + len(chunk)
             progress(len(chunk))
             if policy.stop.is_set():
                 raise _TransientError("stopped")
-            if len(chunk) >= CHUNK_BYTES:
-                deadline = time.monotonic() + policy.timeout
-            elif time.monotonic() > deadline:
+            if lately >= SLOWEST_BYTES:
+                lately, deadline = 0, time.monotonic() + policy.timeout
+            elif time.monotonic() > deadline and received != int(expected or -1):
                 raise _TransientError("the server is too slow")
     if expected is not None and received != int(expected):
         raise _TransientError(f"truncated: {received} of {expected} bytes")
     return received
 
 
-def _reason(error: requests.RequestException) -> str:
+def _reason(error: requests.RequestException | HTTPError) -> str:
     """One short phrase out of a nested chain of causes."""
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, requests.Timeout | ReadTimeoutError):
         return "no answer in time"
+    if isinstance(error, IncompleteRead):
+        return "truncated"
+    if isinstance(error, HTTPError):
+        return "the connection was dropped"
     if isinstance(error, requests.ConnectionError):
         return "no connection"
     return type(error).__name__

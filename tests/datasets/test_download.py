@@ -2,7 +2,9 @@
 
 import io
 import json
+import random
 import socket
+import struct
 import threading
 import time
 import zipfile
@@ -102,6 +104,21 @@ def stalls(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     time.sleep(0.8)
 
 
+def drops(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    head(handler, len(body))
+    handler.wfile.write(body[: len(body) // 2])
+    time.sleep(0.05)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def crawls(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    head(handler, len(body))
+    for byte in body:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.02)
+
+
 def drips(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     head(handler, len(body))
     for start in range(0, len(body), len(body) // 8):
@@ -112,7 +129,7 @@ def drips(handler: BaseHTTPRequestHandler, body: bytes) -> None:
 @pytest.fixture
 def server() -> Iterator[Server]:
     running = Server()
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield running
     running.shutdown()
@@ -129,16 +146,46 @@ def get(server: Server, tmp_path: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("fault", [fails, truncates, truncates_silently, stalls, drips])
+@pytest.mark.parametrize("fault", [fails, truncates, truncates_silently, stalls, drops, drips, crawls])
 def test_one_fault_is_survived(server: Server, tmp_path: Path, fault: Misbehaviour) -> None:
     server.content["/picture.jpg"] = jpg()
     server.faults["/picture.jpg"] = [fault]
     assert get(server, tmp_path).read_bytes() == jpg()
     assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
+    assert server.requests["/picture.jpg"] == (1 if fault is drips else 2)
+
+
+@pytest.mark.parametrize(("fault", "have"), [(truncates, len(jpg()) // 2), (drops, len(jpg()) // 2), (stalls, 10)])
+def test_the_next_try_resumes_what_arrived(server: Server, tmp_path: Path, fault: Misbehaviour, have: int) -> None:
+    server.content["/picture.jpg"] = jpg()
+    server.faults["/picture.jpg"] = [fault]
+    assert get(server, tmp_path).read_bytes() == jpg()
+    assert server.ranges == [f"bytes={have}-"]
+
+
+def test_a_steady_body_may_take_longer_than_the_timeout(server: Server, tmp_path: Path) -> None:
+    def takes_its_time(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        head(handler, len(body))
+        for start in range(0, len(body), 4000):
+            time.sleep(0.15)
+            handler.wfile.write(body[start : start + 4000])
+
+    server.content["/picture.jpg"] = jpg(16000)
+    server.faults["/picture.jpg"] = [takes_its_time]
+    assert get(server, tmp_path).read_bytes() == jpg(16000)
+    assert server.requests["/picture.jpg"] == 1
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(fails, "answered 500"), (truncates_silently, "truncated jpg"), (stalls, "no ")]
+    ("fault", "reason"),
+    [
+        (fails, "answered 500"),
+        (truncates, "connection was dropped"),
+        (drops, "connection was dropped"),
+        (truncates_silently, "truncated jpg"),
+        (stalls, "no answer in time"),
+        (crawls, "too slow"),
+    ],
 )
 def test_faults_without_end_give_one_line(server: Server, tmp_path: Path, fault: Misbehaviour, reason: str) -> None:
     server.content["/picture.jpg"] = jpg()
@@ -177,6 +224,7 @@ def test_offline_names_the_demo(tmp_path: Path) -> None:
         port = unused.getsockname()[1]
     with pytest.raises(QuantrackError, match=r"no connection.*model=demo"):
         fetch(f"http://127.0.0.1:{port}/x.jpg", tmp_path / "x.jpg", FAST, picture_problem)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stop_ends_the_tries(server: Server, tmp_path: Path) -> None:
@@ -190,9 +238,21 @@ def test_stop_ends_the_tries(server: Server, tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def archive(members: dict[str, bytes]) -> bytes:
+def test_stop_ends_a_slow_body(server: Server, tmp_path: Path) -> None:
+    server.content["/picture.jpg"] = jpg()
+    server.faults["/picture.jpg"] = [crawls]
+    policy = FetchPolicy(retries=2, timeout=30, backoff=0.01)
+    threading.Timer(0.1, policy.stop.set).start()
+    start = time.monotonic()
+    with pytest.raises(QuantrackError, match="stopped; what is downloaded stays"):
+        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem)
+    assert time.monotonic() - start < 2
+    assert (tmp_path / "picture.jpg.part").stat().st_size > 0
+
+
+def archive(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as content:
+    with zipfile.ZipFile(buffer, "w", compression) as content:
         for name, data in members.items():
             content.writestr(name, data)
     return buffer.getvalue()
@@ -245,9 +305,56 @@ def test_one_missing_picture_keeps_the_finished_ones(coco_server: Server, tmp_pa
     assert not list((tmp_path / "data").rglob("*.part"))
 
 
+def test_interrupt_ends_the_other_threads(coco_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantrack.datasets.download.wait", interrupted)
+    coco_server.faults = {name: [crawls] for name in coco_server.content if name.endswith(".jpg")}
+    policy = FetchPolicy(retries=2, timeout=30, backoff=0.01)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        download_coco(wanted(coco_server, tmp_path, policy=policy))
+    assert time.monotonic() - start < 3
+    assert not policy.stop.is_set()  # the next call with these settings is not stopped
+
+
+def test_a_picture_listed_twice_is_fetched_once(coco_server: Server, tmp_path: Path) -> None:
+    settings = wanted(coco_server, tmp_path)
+    Path(settings.calib_list).write_text("train2017/000000000010.jpg\nelsewhere/train2017/000000000010.jpg\n")
+    coco_server.faults["/train2017/000000000010.jpg"] = [drips] * 2
+    assert download_coco(settings).downloaded == 3
+    assert coco_server.requests["/train2017/000000000010.jpg"] == 1
+
+
+def test_a_login_page_is_no_picture(coco_server: Server, tmp_path: Path) -> None:
+    coco_server.content["/train2017/000000000010.jpg"] = b"<html>captive portal</html>"
+    with pytest.raises(QuantrackError, match=r"000000000010.jpg after 3 tries \(not a picture\)"):
+        download_coco(wanted(coco_server, tmp_path))
+    assert not (tmp_path / "data/train2017/000000000010.jpg").exists()
+
+
+def test_bodies_are_asked_for_uncompressed(server: Server, tmp_path: Path) -> None:
+    asked = []
+
+    def notes(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        asked.append(handler.headers["Accept-Encoding"])
+        handler.answer(body)  # type: ignore[attr-defined]
+
+    server.content["/picture.jpg"], server.faults["/picture.jpg"] = jpg(), [notes]
+    get(server, tmp_path)
+    assert asked == ["identity"]
+
+
 def test_full_archives(coco_server: Server, tmp_path: Path) -> None:
     prepared = download_coco(wanted(coco_server, tmp_path, images="all"))
     assert prepared.pictures == 8
+    assert coco_server.requests == {
+        "/annotations/annotations_trainval2017.zip": 1,
+        "/zips/val2017.zip": 1,
+        "/zips/train2017.zip": 1,
+    }
     assert not list((tmp_path / "data").rglob("*.zip"))
 
 
@@ -263,8 +370,21 @@ def test_archive_that_is_none(coco_server: Server, tmp_path: Path) -> None:
         download_coco(wanted(coco_server, tmp_path))
 
 
-def test_archive_may_not_write_outside(tmp_path: Path) -> None:
-    (tmp_path / "evil.zip").write_bytes(archive({"../outside.txt": b"x"}))
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_corrupt_archive_is_removed(tmp_path: Path, compression: int) -> None:
+    content = bytearray(archive({"a.json": random.Random(0).randbytes(2000).hex().encode()}, compression))
+    content[40:60] = b"\xff" * 20
+    (tmp_path / "broken.zip").write_bytes(content)
+    with pytest.raises(QuantrackError, match=r"broken.zip: broken archive .* run again"):
+        extract(tmp_path / "broken.zip", None, tmp_path / "data")
+    assert not (tmp_path / "broken.zip").exists()
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_archive_may_not_write_outside(tmp_path: Path, absolute: bool) -> None:
+    name = str(tmp_path / "outside.txt") if absolute else "../outside.txt"
+    (tmp_path / "evil.zip").write_bytes(archive({name: b"x"}))
     with pytest.raises(QuantrackError, match="would be written outside"):
         extract(tmp_path / "evil.zip", None, tmp_path / "data")
     assert not (tmp_path / "outside.txt").exists()
@@ -277,6 +397,32 @@ def test_build_from_a_copy(server: Server, coco_root: Path, tmp_path: Path) -> N
     assert len(content["images"]) == 4
     assert build_from_source(wanted(server, tmp_path), coco_root).reused == 4
     assert server.requests.total() == 0
+
+
+def test_build_from_a_copy_all(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    assert build_from_source(wanted(server, tmp_path, images="all"), coco_root).downloaded == 8
+
+
+def test_build_from_a_copy_made_of_links(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    picture = coco_root / "val2017/000000000010.jpg"
+    picture.rename(coco_root / "real.jpg")
+    picture.symlink_to("../real.jpg")
+    build_from_source(wanted(server, tmp_path, data_root=tmp_path / "deep/er/data"), coco_root)
+    built = tmp_path / "deep/er/data/val2017/000000000010.jpg"
+    assert built.read_bytes() == (coco_root / "real.jpg").read_bytes()
+
+
+def test_build_from_a_copy_with_a_truncated_picture(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    picture = coco_root / "val2017/000000000010.jpg"
+    picture.write_bytes(picture.read_bytes()[:1000])
+    with pytest.raises(QuantrackError, match=r"val2017/000000000010.jpg: truncated jpg.*complete the source"):
+        build_from_source(wanted(server, tmp_path), coco_root)
+    assert not (tmp_path / "data/val2017").exists()
+
+
+def test_build_from_the_data_root_itself(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is the data_root itself"):
+        build_from_source(wanted(server, tmp_path, data_root=coco_root), coco_root)
 
 
 def test_build_from_an_incomplete_copy(server: Server, coco_root: Path, tmp_path: Path) -> None:
@@ -296,6 +442,7 @@ def test_build_from_a_folder_without_the_layout(server: Server, tmp_path: Path) 
     [
         ({"images": "some"}, "images=some: unknown"),
         ({"eval_images": -1}, "eval_images=-1"),
+        ({"calib_images": -1}, "calib_images=-1"),
         ({"base_url": "ftp://x"}, "base_url=ftp://x"),
     ],
 )

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 
 from quantrack.datasets.pictures import letterbox, read_picture
+from quantrack.detector.environment import prepare
 from quantrack.errors import QuantrackError
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (100, 33), (640, 427), (31, 31)])
 def test_letterbox_equals_ultralytics(height: int, width: int) -> None:
+    prepare()
     from ultralytics.data.augment import LetterBox
 
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

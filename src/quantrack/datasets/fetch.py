@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
-from urllib3.exceptions import HTTPError, IncompleteRead, ReadTimeoutError
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from quantrack.errors import QuantrackError
 
@@ -122,8 +122,6 @@ def _reason(error: requests.RequestException | HTTPError) -> str:
     """One short phrase out of a nested chain of causes."""
     if isinstance(error, requests.Timeout | ReadTimeoutError):
         return "no answer in time"
-    if isinstance(error, IncompleteRead):
-        return "truncated"
     if isinstance(error, HTTPError):
         return "the connection was dropped"
     if isinstance(error, requests.ConnectionError):

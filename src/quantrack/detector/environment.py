@@ -29,8 +29,10 @@ def prepare() -> None:
     logger = logging.getLogger("ultralytics")
     logger.setLevel(logging.ERROR)
     with _offline():
+        from ultralytics.nn import tasks
         from ultralytics.utils import SETTINGS
 
+    tasks.SAFE_LOAD = True  # the variable is read at its import, which may have been before us
     logger.setLevel(logging.ERROR)  # its import sets the level again
     # Analytics and crash reports off, in memory only: if someone imported Ultralytics before us,
     # SETTINGS is the user's own file, and SETTINGS["sync"] = ... would write it.

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import say
 from quantrack.settings import default_texts, parse_settings
 from quantrack.tracking.run import tracked_run
@@ -30,24 +30,48 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     signal.signal(signal.SIGTERM, _interrupt)
 
     def command(**texts: str) -> None:
-        try:
-            with tracked_run(name, texts):
-                pipeline(parse_settings(settings_type, texts))
-        except QuantrackError as error:
-            say(f"error: {error}")
-            sys.exit(error.exit_code)
-        except OSError as error:
-            say(f"error: {error}")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            say("interrupted; what was logged so far stays in the run")
-            sys.exit(INTERRUPTED)
+        _run(name, texts, lambda: pipeline(parse_settings(settings_type, texts)))
 
     command.__signature__ = _signature(settings_type)  # type: ignore[attr-defined]
     command.__doc__ = inspect.getdoc(pipeline)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
-    app()
+    stranger = _unknown_option(sys.argv[1:], settings_type)
+    if stranger is None:
+        app()
+    else:
+        _run(name, {}, lambda: _refuse(f"{stranger}: unknown option; --help lists those of {name}"))
+
+
+def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
+    """Do the work in a tracked run; errors become one line and an exit code."""
+    try:
+        with tracked_run(name, texts):
+            work()
+    except QuantrackError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except OSError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted; what was logged so far stays in the run")
+        sys.exit(INTERRUPTED)
+
+
+def _refuse(message: str) -> None:
+    raise UsageError(message)
+
+
+def _unknown_option(arguments: list[str], settings_type: type[object]) -> str | None:
+    """The first option that is no setting: `mlflow run` passes any `-P` on, and its run must say why."""
+    known = {_option(item.name) for item in fields(settings_type)} | {"--help"}  # type: ignore[arg-type]
+    options = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    return next((option for option in options if option not in known), None)
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def _signature(settings_type: type[object]) -> inspect.Signature:
@@ -58,7 +82,7 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=defaults[item.name],
-            annotation=Annotated[str, typer.Option(f"--{item.name.replace('_', '-')}", help=item.metadata["help"])],
+            annotation=Annotated[str, typer.Option(_option(item.name), help=item.metadata["help"])],
         )
         for item in fields(settings_type)  # type: ignore[arg-type]
     ]

@@ -12,6 +12,7 @@ import pytest
 from command import ROOT, run_pipeline, use_store
 
 CASES = {
+    "option": (("--bogus", "1"), 2, "--bogus: unknown option; --help lists those of ptq"),
     "mode": (("--mode", "w2a2"), 2, "mode=w2a2: unknown mode; use one of w8a16, w8a8, w4a16, w4a8"),
     "recipe": (("--recipe", "magic"), 2, "recipe=magic: unknown recipe"),
     "head": (("--head", "two2two"), 2, "head=two2two: unknown head"),

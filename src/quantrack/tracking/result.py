@@ -71,7 +71,7 @@ def log_result(
     log_files(files)
     log_proof(proof, evaluation_set)
     log_identity(facts, evaluation_set, proof.speed.provider)
-    log_model(files.optimized, f"{facts.model}-{facts.mode}", metrics, evaluation_set)
+    log_model(files.optimized, f"{facts.model}-{facts.mode}-{facts.recipe}", metrics, evaluation_set)
     log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)
     return metrics
 

@@ -356,6 +356,8 @@ def test_full_archives(coco_server: Server, tmp_path: Path) -> None:
         "/zips/train2017.zip": 1,
     }
     assert not list((tmp_path / "data").rglob("*.zip"))
+    again = download_coco(wanted(coco_server, tmp_path, images="all"))
+    assert (again.downloaded, again.reused, coco_server.requests.total()) == (0, 8, 3)
 
 
 def test_annotation_archive_without_the_instances(coco_server: Server, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
@@ -132,24 +133,29 @@ def _fetch_annotations(settings: DownloadSettings) -> int:
 
 
 def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
-    for split in ("val2017", "train2017"):
+    """Both splits whole; a split whose every annotated picture is there is not fetched again."""
+    downloaded = reused = 0
+    for split, instances in (("val2017", VAL_ANNOTATIONS), ("train2017", TRAIN_ANNOTATIONS)):
+        folder = settings.data_root / split
+        entries = read_annotations(settings.data_root, settings.data_root / instances)["images"]
+        if all((folder / str(entry["file_name"])).is_file() for entry in entries):
+            reused += len(entries)
+            continue
         archive = settings.data_root / f"{split}.zip"
         with _progress() as bar:
-            task = bar.add_task(f"{split}.zip", total=None)
-            received += _fetch_archive(
-                settings,
-                f"zips/{split}.zip",
-                archive,
-                lambda size, bar=bar, task=task: bar.update(task, advance=size),
-            )
+            task = bar.add_task(archive.name, total=None)
+            advance = partial(bar.advance, task)
+            received += _fetch_archive(settings, f"zips/{archive.name}", archive, advance)
         extract(archive, None, settings.data_root)
         archive.unlink()
-    pictures = sum(1 for split in ("val2017", "train2017") for _ in (settings.data_root / split).glob("*.jpg"))
-    return PreparedData(pictures, pictures, 0, received)
+        downloaded += sum(1 for _ in folder.glob("*.jpg"))
+    return PreparedData(downloaded + reused, downloaded, reused, received)
 
 
-def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress: object) -> int:
-    return fetch(f"{settings.base_url}/{name}", target, settings.policy, _zip_problem, progress)  # type: ignore[arg-type]
+def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress: Callable[[int], None]) -> int:
+    if target.is_file() and zipfile.is_zipfile(target):  # whole, but its extraction was interrupted
+        return 0
+    return fetch(f"{settings.base_url}/{name}", target, settings.policy, _zip_problem, progress)
 
 
 def _problem(path: Path) -> str | None:
@@ -176,6 +182,7 @@ def extract(archive: Path, names: set[str] | None, target: Path) -> None:
             chosen = [item for item in members if names is None or item.filename in names]
             lacking = (names or set()) - {item.filename for item in chosen}
             if lacking:
+                archive.unlink()  # or the next call would take it for finished
                 raise QuantrackError(f"{archive}: holds no {', '.join(sorted(lacking))}; check base_url")
             for item in chosen:
                 path = (target / item.filename).resolve()

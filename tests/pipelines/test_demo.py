@@ -66,6 +66,7 @@ def test_ptq_artifacts_say_what_was_done(ptq_run: Run) -> None:
 
     calibration = json.loads(read("calibration.json"))
     assert (calibration["images"], calibration["seed"]) == (6, 0)
+    assert calibration["pictures"] == [f"{index:012d}.jpg" for index in range(1, 7)]
     assert len(calibration["activation_quantizers"]) == 82
     assert set(next(iter(calibration["activation_quantizers"].values()))) >= {"scale", "zero_point", "minimum"}
     layers = json.loads(read("layers.json"))

@@ -22,6 +22,7 @@ def calibration_record(job: QuantizationJob, seed: int, steps: Sequence[StepRepo
         "seed": seed,
         "list": job.calibration.source,
         "digest": job.calibration.digest,
+        "pictures": [path.name for path in job.calibration.paths],
         "preprocessing": {"letterbox": job.imgsz, "pad": 114, "channels": "RGB", "range": [0, 1]},
         "steps": [asdict(step) for step in steps],
         "activation_quantizers": quantizers,

@@ -12,19 +12,22 @@ from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import prove, require_same_classes
 from quantrack.onnx.files import export_quantized_files
+from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import new_job
-from quantrack.quantization.recipe import apply_recipe, parse_recipe
+from quantrack.quantization.recipe import parse_recipe
+from quantrack.quantization.sensitivity import LayerTrials, measure_sensitivity, plan_bits
 from quantrack.runtime.session import open_session
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
-from quantrack.tracking.log import log_inputs, log_quantization, log_samples, log_settings
+from quantrack.tracking.log import log_inputs, log_quantization, log_recipe, log_samples, log_settings, log_step
+from quantrack.tracking.models import fetch_plan
 from quantrack.tracking.result import comparison_key, detector_facts, log_result
 
 
 def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
-    scheme, steps = parse_mode(settings.mode), parse_recipe(settings.recipe)
+    scheme, recipe = parse_mode(settings.mode), parse_recipe(settings.recipe)
     device = resolve_device(settings.device)
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     calibration = load_calibration_set(
@@ -32,14 +35,20 @@ def ptq(settings: PtqSettings) -> None:
     )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
-    log_settings(settings, f"ptq-{scheme.name}-{settings.recipe}-{detector.name}", {"device": str(device)})
+    log_settings(settings, f"ptq-{scheme.name}-{recipe.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device)
-    reports = apply_recipe(job, steps)
+    if settings.plan:
+        job.plan = fetch_plan(settings.plan)
+    elif settings.avg_bits:
+        rows = measure_sensitivity(job, LayerTrials(bits=(scheme.weight_bits, 8)))
+        job.plan = plan_bits(job, rows, settings.avg_bits)
+    log_recipe(recipe)
+    reports = apply_recipe(job, recipe.steps, log_step)
     quantized = log_quantization(job, settings.seed, reports)
 
-    facts = detector_facts(detector, settings.imgsz, scheme.name, settings.recipe, quantized["weight_bits_avg"])
+    facts = detector_facts(detector, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"])
     with tempfile.TemporaryDirectory() as folder:
         files = export_quantized_files(job.model, facts, Path(folder))
         session = open_session(files.optimized, settings.provider)
@@ -49,7 +58,7 @@ def ptq(settings: PtqSettings) -> None:
             detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, job.model)
-        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof.metrics()))
+        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
 
 

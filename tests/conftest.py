@@ -13,6 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished steps are cached for the session, never in the user's own cache."""
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def real_inputs() -> Path:
     """Real COCO pictures and real weights; the test skips where they are absent."""

@@ -12,6 +12,7 @@ from quantrack.settings import (
     DataSettings,
     OnnxSettings,
     PtqSettings,
+    SensitivitySettings,
     default_texts,
 )
 
@@ -23,6 +24,7 @@ ENTRY_POINTS = {
     "baseline": BaselineSettings,
     "evaluate": OnnxSettings,
     "benchmark": OnnxSettings,
+    "sensitivity": SensitivitySettings,
     "data": DataSettings,
 }
 # Bottom first: a room may import only those before it.

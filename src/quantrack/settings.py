@@ -15,16 +15,17 @@ from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import parse_provider
-from quantrack.schemes import parse_mode
+from quantrack.schemes import Scheme, parse_mode
 
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 HEADS = ("one2one", "one2many")
+MEASURES = ("output", "mAP")
 PRECISIONS = ("fp32", "fp16")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
 
 
-def _setting(default: str | int | bool, description: str) -> Any:  # noqa: ANN401 - dataclasses.field is untyped
+def _setting(default: str | int | float | bool, description: str) -> Any:  # noqa: ANN401 - dataclasses.field is untyped
     return field(default=default, metadata={"help": description})
 
 
@@ -85,12 +86,33 @@ class PtqSettings(SharedSettings):
     """Post-training quantization."""
 
     mode: str = _setting("w4a8", "w8a16, w8a8, w4a16 or w4a8.")
-    recipe: str = _setting("default", "naive or default.")
+    recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
+    plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
+    avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_mode(self.mode)
+        scheme = parse_mode(self.mode)
         parse_recipe(self.recipe)
+        _require(not (self.plan and self.avg_bits), f"avg_bits={self.avg_bits}: the plan has its own bits; give one")
+        if self.avg_bits:
+            _require_budget(self.avg_bits, scheme)
+
+
+@dataclass(frozen=True)
+class SensitivitySettings(SharedSettings):
+    """What each layer's quantization costs, and the bit plan that follows."""
+
+    mode: str = _setting("w4a8", "w4a8 or w4a16: the plan chooses between 4 and 8 bits.")
+    avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
+    measure: str = _setting("output", "output (calibration pictures) or mAP (evaluation pictures, slow).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scheme = parse_mode(self.mode)
+        known = ", ".join(MEASURES)
+        _require(self.measure in MEASURES, f"measure={self.measure}: unknown measure; use one of {known}")
+        _require_budget(self.avg_bits, scheme)
 
 
 @dataclass(frozen=True)
@@ -147,8 +169,19 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _convert(name: str, text: str, kind: type) -> str | int | bool:
+def _require_budget(avg_bits: float, scheme: Scheme) -> None:
+    low, high = scheme.weight_bits, 8
+    _require(low < high, f"avg_bits={avg_bits}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16")
+    _require(low <= avg_bits <= high, f"avg_bits={avg_bits}: must lie between {low} and {high}")
+
+
+def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
     text = text.strip()
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(f"{name}={text}: not a number") from None
     if kind is int:
         try:
             return int(text)

@@ -50,16 +50,8 @@ def evaluate_coco(evaluation_set: EvaluationSet, detections: Sequence[Detection]
     Raises:
         QuantrackError: a detection belongs to a picture outside the set.
     """
-    known = {picture.id for picture in evaluation_set.pictures}
-    strangers = sorted({detection.image_id for detection in detections} - known)
-    if strangers:
-        raise QuantrackError(
-            f"picture {strangers[0]}: has detections but is not in {evaluation_set.name}; "
-            "evaluate detections on the set they were made from"
-        )
-    with redirect_stdout(io.StringIO()):  # pycocotools prints its progress and summary
-        evaluation = COCOeval(_ground_truth(evaluation_set), _results(evaluation_set, detections), "bbox")
-        evaluation.evaluate()
+    evaluation = coco_evaluation(evaluation_set, detections)
+    with redirect_stdout(io.StringIO()):  # pycocotools prints its summary
         evaluation.accumulate()
         evaluation.summarize()
     precision = np.asarray(evaluation.eval["precision"], dtype=np.float64)[..., ALL_SIZES, UP_TO_100]
@@ -70,6 +62,25 @@ def evaluate_coco(evaluation_set: EvaluationSet, detections: Sequence[Detection]
         precision_at_50=class_mean(precision[AT_50]),
         precision_at_75=class_mean(precision[AT_75]),
     )
+
+
+def coco_evaluation(evaluation_set: EvaluationSet, detections: Sequence[Detection]) -> COCOeval:
+    """pycocotools' evaluation of the set with detections matched to the truth, not yet accumulated.
+
+    Raises:
+        QuantrackError: a detection belongs to a picture outside the set.
+    """
+    known = {picture.id for picture in evaluation_set.pictures}
+    strangers = sorted({detection.image_id for detection in detections} - known)
+    if strangers:
+        raise QuantrackError(
+            f"picture {strangers[0]}: has detections but is not in {evaluation_set.name}; "
+            "evaluate detections on the set they were made from"
+        )
+    with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        evaluation = COCOeval(_ground_truth(evaluation_set), _results(evaluation_set, detections), "bbox")
+        evaluation.evaluate()
+    return evaluation
 
 
 def drop_points(baseline: float, value: float) -> float:

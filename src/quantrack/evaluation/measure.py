@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -23,6 +24,7 @@ from quantrack.runtime.placement import nodes_by_provider
 from quantrack.runtime.session import Session
 
 PARITY_PICTURES = 8
+Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -67,19 +69,30 @@ def prove(
         parity = measure_parity(model, session, parity_inputs(evaluation_set, session.imgsz), head)
     speed = measure_speed(session, latency_runs)
     start = time.perf_counter()
-    detections = detect(session, evaluation_set, head)
+    detections = detect(session.run, session.imgsz, evaluation_set, head)
     coco = evaluate_coco(evaluation_set, detections)
     return Proof(speed, coco, detections, time.perf_counter() - start, parity)
 
 
-def detect(session: Session, evaluation_set: EvaluationSet, head: str) -> tuple[Detection, ...]:
+def detect(run: Network, imgsz: int, evaluation_set: EvaluationSet, head: str) -> tuple[Detection, ...]:
     """Detections on every picture of the set, read, letterboxed and decoded one at a time."""
     category_ids = [category.id for category in evaluation_set.categories]
     found: list[Detection] = []
     for picture in track(evaluation_set.pictures, "evaluating"):
-        image, fit = letterbox(read_picture(picture.path), session.imgsz)
-        found += decode(session.run(image[None])[0], head, fit, picture.id, category_ids)
+        image, fit = letterbox(read_picture(picture.path), imgsz)
+        found += decode(run(image[None])[0], head, fit, picture.id, category_ids)
     return tuple(found)
+
+
+def score_model(model: nn.Module, evaluation_set: EvaluationSet, head: str, imgsz: int, device: torch.device) -> float:
+    """mAP50-95 of a PyTorch detector as it is, without an export."""
+
+    @torch.no_grad()
+    def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = model(torch.from_numpy(image).to(device)).cpu().numpy()
+        return output
+
+    return evaluate_coco(evaluation_set, detect(run, imgsz, evaluation_set, head)).metrics["mAP50-95"]
 
 
 def parity_inputs(evaluation_set: EvaluationSet, imgsz: int) -> Iterator[NDArray[np.float32]]:

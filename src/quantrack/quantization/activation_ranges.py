@@ -1,12 +1,19 @@
-"""Step: set the activation quantizers' ranges from the observed statistics."""
+"""Steps: set the activation quantizers' ranges from the observed statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from quantrack.quantization.job import QuantizationJob
+import torch
+from torch import Tensor
+
+from quantrack.errors import UsageError
+from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import quantized_layers, set_activation_range
+
+LEVELS = 255  # steps of an 8-bit grid
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -14,10 +21,66 @@ class MinMaxActivationRanges:
     """Ranges that clip nothing seen during calibration."""
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        count = 0
-        for name, layer in quantized_layers(job.model).items():
-            if layer.input_quant.is_quant_enabled:
-                seen = job.statistics[name]
-                set_activation_range(layer, seen.minimum, seen.maximum)
-                count += 1
-        return {"quantizers": float(count)}
+        return set_ranges(job, lambda seen: (seen.minimum, seen.maximum))
+
+
+@dataclass(frozen=True)
+class PercentileActivationRanges:
+    """Ranges that clip the rarest values on either side: those beyond `percentile` (in percent)."""
+
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"percentile={self.percentile}: must lie above 50 and at most at 100")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        return set_ranges(job, self.range)
+
+    def range(self, seen: ActivationStatistics) -> Range:
+        """From the values drawn, so that one passing outlier of a picture does not stretch the grid."""
+        ordered = seen.sample.sort().values
+        outside = round((1 - self.percentile / 100) * (len(ordered) - 1))
+        return float(ordered[outside]), float(ordered[len(ordered) - 1 - outside])
+
+
+@dataclass(frozen=True)
+class MseActivationRanges:
+    """The range of least squared error (clipping and rounding) among shrunken ranges."""
+
+    candidates: int = 50
+    smallest_shrink: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2 or not 0 < self.smallest_shrink < 1:
+            raise UsageError("mse activation ranges: candidates must be at least 2 and smallest_shrink in 0..1")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        return set_ranges(job, self.range)
+
+    def range(self, seen: ActivationStatistics) -> Range:
+        """Both ends shrink together; they hold 0 in any case."""
+        low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+        shrinks = torch.linspace(1.0, self.smallest_shrink, self.candidates).tolist()
+        errors = [rounding_error(seen.sample, low * shrink, high * shrink) for shrink in shrinks]
+        best = shrinks[min(range(len(errors)), key=errors.__getitem__)]
+        return low * best, high * best
+
+
+def set_ranges(job: QuantizationJob, choose: Callable[[ActivationStatistics], Range]) -> Mapping[str, float]:
+    """Give each activation quantizer the range chosen for it; the share of the seen range that is kept."""
+    kept = []
+    for name, layer in quantized_layers(job.model).items():
+        if layer.input_quant.is_quant_enabled:
+            seen = job.statistics[name]
+            low, high = choose(seen)
+            set_activation_range(layer, low, high)
+            kept.append((high - low) / max(seen.maximum - seen.minimum, 1e-12))
+    return {"quantizers": float(len(kept))} | ({"range_kept_mean": sum(kept) / len(kept)} if kept else {})
+
+
+def rounding_error(values: Tensor, low: float, high: float) -> float:
+    """Mean squared error of values on an 8-bit grid over [low, high]."""
+    step = max(high - low, 1e-12) / LEVELS
+    rounded = torch.round(values.clamp(low, high) / step) * step
+    return float((rounded - values).square().mean())

@@ -1,14 +1,16 @@
 """Step: round weights one input column at a time, the rest making up for each error (GPTQ).
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
-(arXiv:2210.17323), for convolutions of any grouping. The Hessians of all layers come from one pass
-over the calibration pictures, so the cost is linear in them: a convolution sees a fixed number of
-randomly drawn positions of each batch.
+(arXiv:2210.17323), for convolutions of any grouping. The network is walked once, block by block:
+a block's Hessians are summed while its input batches stream by, its weights are rounded, and the
+blocks after it see what the rounded ones give. Two passes over the pictures in all, one to look and
+one to go on, however many layers there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import brevitas.nn as qnn
@@ -16,18 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
+from quantrack.detector.blocks import Block, run_block
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
+from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     fake_quantize,
-    quantized_layers,
+    layers_of_block,
+    quantized_input,
     weight_bits,
     weight_limit,
     weight_scale,
 )
-
-BYTES_PER_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,15 @@ class Gptq:
 
     W8 modes are left to rounding to nearest, which loses nothing there that 100 pictures could show.
 
-    `positions` are drawn per batch and layer. Hessians take 4 bytes * groups * (inputs per group)^2
-    a layer; layers are worked off in as many passes as `memory_gb` needs (one for YOLOv10n).
+    A convolution sees `positions` output positions drawn from each batch. Hessians take 4 bytes *
+    groups * (inputs per group)^2 a layer; a block's layers are worked off in as many looks at it as
+    `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`, then disk.
     """
 
     positions: int = 4096
     damping: float = 0.01
     block: int = 128
-    memory_gb: float = 4.0
+    memory_gb: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,21 +55,29 @@ class Gptq:
             raise UsageError("gptq: positions, block and memory_gb must be positive and damping in 0..1")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        if job.scheme.weight_bits >= 8:
+            return {}
         before = after = 0.0
-        passes = 0
-        layers = quantized_layers(job.model) if job.scheme.weight_bits < 8 else {}
-        for names in self.chunks(layers):
-            passes += 1
-            for name, hessian in self.hessians(job, names).items():
-                layer = layers[name]
-                bits, scale = weight_bits(layer), weight_scale(layer)
-                weight = grouped(layer.weight.detach(), layer.groups)
-                nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
-                rounded = self.round(weight, hessian, scale.reshape(layer.groups, -1), weight_limit(bits))
-                before += output_error(weight - nearest, hessian)
-                after += output_error(weight - rounded, hessian)
-                layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
-        return {"passes": float(passes), "error_before": before, "error_after": after}
+        generator = torch.Generator().manual_seed(self.seed)
+        with BlockWalk(job.model, job.batches(), job.device, self.memory_gb) as walk:
+            for block in track(walk.blocks, "GPTQ"):
+                layers = layers_of_block(job.model, block)
+                for names in self.chunks(layers):
+                    for name, hessian in self.hessians(walk, block, layers, names, generator).items():
+                        errors = self.round_layer(layers[name], hessian)
+                        before, after = before + errors[0], after + errors[1]
+                walk.advance(block)
+        return {"error_before": before, "error_after": after}
+
+    def round_layer(self, layer: qnn.QuantConv2d, hessian: Tensor) -> tuple[float, float]:
+        """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""
+        bits, scale = weight_bits(layer), weight_scale(layer)
+        weight = grouped(layer.weight.detach(), layer.groups)
+        nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
+        rounded = self.round(weight, hessian, scale.reshape(layer.groups, -1), weight_limit(bits))
+        errors = output_error(weight - nearest, hessian), output_error(weight - rounded, hessian)
+        layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
+        return errors
 
     def chunks(self, layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[list[str]]:
         """Layer names in order, as many at a time as the memory holds Hessians for."""
@@ -81,31 +93,39 @@ class Gptq:
         if names:
             yield names
 
-    def hessians(self, job: QuantizationJob, names: list[str]) -> dict[str, Tensor]:
-        """Mean outer product of each layer's float input columns, shape [groups, D, D] each."""
+    @torch.no_grad()
+    def hessians(
+        self,
+        walk: BlockWalk,
+        block: Block,
+        layers: Mapping[str, qnn.QuantConv2d],
+        names: list[str],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Mean outer product of each layer's input columns, shape [groups, D, D] each.
+
+        The inputs are the quantized prefix's; within the block weights are still float.
+        """
         sums: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(self.seed)
 
         def collect(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, nn.Conv2d)
-            columns = sample_columns(inputs[0], module, self.positions, generator)
+            assert isinstance(module, qnn.QuantConv2d)
+            columns = sample_columns(quantized_input(module, inputs[0]), module, self.positions, generator)
             product = columns @ columns.transpose(1, 2) / columns.shape[2]
             sums[name] = sums[name] + product if name in sums else product
 
         handles = [
-            job.float_model.get_submodule(name).register_forward_pre_hook(
-                lambda module, inputs, name=name: collect(name, module, inputs)
-            )
+            layers[name].register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs))
             for name in names
         ]
         try:
-            with torch.no_grad():
-                for batch in track(job.batches(), "GPTQ: collecting Hessians", total=job.batch_count):
-                    job.float_model(batch)
+            with float_weights(layers):
+                for batch in range(walk.batch_count):
+                    run_block(walk.model, block, walk.inputs(block, batch))
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: total / job.batch_count for name, total in sums.items()}
+        return {name: total / walk.batch_count for name, total in sums.items()}
 
     def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, limit: int) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
@@ -133,6 +153,18 @@ class Gptq:
                 errors[:, :, i] = error
             weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
         return rounded
+
+
+@contextmanager
+def float_weights(layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[None]:
+    """Let layers compute with the weights they hold, not yet rounded."""
+    try:
+        for layer in layers.values():
+            layer.weight_quant.disable_quant = True
+        yield
+    finally:
+        for layer in layers.values():
+            layer.weight_quant.disable_quant = False
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:

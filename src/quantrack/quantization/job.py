@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,20 +12,25 @@ from torch import Tensor, nn
 
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.detector.load import Detector
+from quantrack.quantization.bit_plan import BitPlan
 from quantrack.schemes import Scheme
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """The range of one convolution's input over the calibration pictures."""
+    """One convolution's input over the calibration pictures: its range, and values drawn from it."""
 
     minimum: float
     maximum: float
+    sample: Tensor
 
 
 @dataclass
 class QuantizationJob:
-    """The state that a recipe's steps hand on. `float_model` is never changed."""
+    """The state that a recipe's steps hand on. `float_model` is never changed.
+
+    `plan` gives each convolution's weight bits, where roles are not to decide them.
+    """
 
     float_model: nn.Module
     model: nn.Module
@@ -33,12 +38,21 @@ class QuantizationJob:
     calibration: CalibrationSet
     imgsz: int
     device: torch.device
+    model_digest: str = ""
+    head: str = ""
+    plan: BitPlan | None = None
     batch: int = 8
     statistics: Mapping[str, ActivationStatistics] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Tensor]:
         """Calibration inputs, shape [<=batch, 3, imgsz, imgsz], on the job's device."""
         for array in self.calibration.batches(self.imgsz, self.batch):
+            yield torch.from_numpy(array).to(self.device)
+
+    def pictures(self, indices: Sequence[int], batch: int) -> Iterator[Tensor]:
+        """The calibration inputs of these indices, as `batches` gives all."""
+        chosen = replace(self.calibration, paths=tuple(self.calibration.paths[index] for index in indices))
+        for array in chosen.batches(self.imgsz, batch):
             yield torch.from_numpy(array).to(self.device)
 
     @property
@@ -48,11 +62,12 @@ class QuantizationJob:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: its name, its time, and its figures by name."""
+    """What a step did: its name, its time, and its figures by name; `cached` if an earlier run did it."""
 
     step: str
     seconds: float
     figures: Mapping[str, float]
+    cached: bool = False
 
 
 class Step(Protocol):
@@ -66,4 +81,18 @@ def new_job(
 ) -> QuantizationJob:
     """A job whose model is still the float one, ready for a recipe's first step."""
     float_model = detector.model.to(device)
-    return QuantizationJob(float_model, copy.deepcopy(float_model), scheme, calibration, imgsz, device)
+    return QuantizationJob(
+        float_model,
+        copy.deepcopy(float_model),
+        scheme,
+        calibration,
+        imgsz,
+        device,
+        model_digest=detector.digest,
+        head=detector.head,
+    )
+
+
+def first_pictures(job: QuantizationJob, count: int) -> QuantizationJob:
+    """The same job on its first calibration pictures only."""
+    return replace(job, calibration=replace(job.calibration, paths=job.calibration.paths[:count]))

@@ -25,7 +25,9 @@ from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
-UNSET = 1.0
+from quantrack.detector.blocks import Block
+
+UNSET = 12345.0  # marks a scale that no step has set yet; no calibration gives this very number
 
 
 class WeightPerChannel(NarrowIntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
@@ -98,9 +100,47 @@ def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> qnn.QuantConv2d:
     return twin.to(convolution.weight.device).eval().requires_grad_(False)
 
 
+def layer_plans(model: nn.Module) -> dict[str, LayerPlan]:
+    """How each quantized convolution is quantized: what `insert_quantizers` was given."""
+    return {
+        name: LayerPlan(weight_bits(layer), _activation_kind(layer)) for name, layer in quantized_layers(model).items()
+    }
+
+
+def _activation_kind(layer: qnn.QuantConv2d) -> str | None:
+    if not layer.input_quant.is_quant_enabled:
+        return None
+    return "symmetric" if layer.input_quant.is_signed else "asymmetric"
+
+
+def scales_are_set(model: nn.Module) -> bool:
+    """Whether every quantizer of a quantized model has been given its scale."""
+    scalings = [scaling for layer in quantized_layers(model).values() for scaling in _scalings(layer)]
+    return bool(scalings) and not any(bool((scaling == UNSET).all()) for scaling in scalings)
+
+
+def _scalings(layer: qnn.QuantConv2d) -> list[Tensor]:
+    """The parameters that hold a layer's scales."""
+    quantizers = [layer.weight_quant]
+    if layer.input_quant.is_quant_enabled:
+        quantizers.append(layer.input_quant.fused_activation_quant_proxy)
+    return [quantizer.tensor_quant.scaling_impl.value for quantizer in quantizers]
+
+
 def quantized_layers(model: nn.Module) -> dict[str, qnn.QuantConv2d]:
     """The quantized convolutions by module name, in module order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, qnn.QuantConv2d)}
+
+
+def layers_of_block(model: nn.Module, block: Block) -> dict[str, qnn.QuantConv2d]:
+    """The quantized convolutions of one block, by module name."""
+    return {name: layer for name, layer in quantized_layers(model).items() if block.holds(name)}
+
+
+def quantized_input(layer: qnn.QuantConv2d, x: Tensor) -> Tensor:
+    """The input as the convolution sees it: through its quantizer, or as it is where that is off."""
+    seen: Tensor = getattr(layer.input_quant(x), "value", x)
+    return seen
 
 
 def weight_bits(layer: qnn.QuantConv2d) -> int:
@@ -146,6 +186,11 @@ class ActivationQuantization:
     scale: float
     zero_point: int
     signed: bool
+
+    @property
+    def grid(self) -> tuple[float, int, int, int]:
+        """Scale, zero point, and the lowest and highest integer."""
+        return (self.scale, self.zero_point, *((-128, 127) if self.signed else (0, 255)))
 
     @property
     def minimum(self) -> float:

@@ -9,34 +9,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 
 
 class _Watcher:
-    """Running minimum and maximum of one layer's input; memory does not grow."""
+    """Running minimum and maximum of one layer's input, and values drawn from each batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: int, generator: torch.Generator) -> None:
         self.minimum, self.maximum = float("inf"), float("-inf")
+        self.values, self.generator = values, generator
+        self.drawn: list[Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         low, high = torch.aminmax(inputs[0])
         self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
+        flat = inputs[0].flatten()
+        drawn = torch.randint(len(flat), (min(self.values, len(flat)),), generator=self.generator)
+        self.drawn.append(flat[drawn.to(flat.device)].cpu())
 
     def statistics(self, name: str) -> ActivationStatistics:
         if not (math.isfinite(self.minimum) and math.isfinite(self.maximum)):
             raise QuantrackError(f"{name}: its input is not finite on the calibration pictures; check the weights")
-        return ActivationStatistics(self.minimum, self.maximum)
+        return ActivationStatistics(self.minimum, self.maximum, torch.cat(self.drawn))
 
 
 @dataclass(frozen=True)
 class ObserveActivations:
-    """One streaming pass; the statistics stay in the job for later steps."""
+    """One streaming pass; the statistics stay in the job for later steps.
+
+    `values` are drawn from each batch and layer, 4 bytes each; the range is exact.
+    """
+
+    values: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.values < 1:
+            raise UsageError(f"observe_activations: values={self.values}: must be positive")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        generator = torch.Generator().manual_seed(self.seed)
         watchers = {
-            name: (_Watcher(), module)
+            name: (_Watcher(self.values, generator), module)
             for name, module in job.float_model.named_modules()
             if isinstance(module, nn.Conv2d)
         }

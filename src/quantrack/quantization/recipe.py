@@ -1,18 +1,60 @@
-"""Named recipes: which steps run, in which order."""
+"""Recipes: lists of steps, named or from a user's YAML file."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
+import yaml
+
+from quantrack.detector.roles import Role
 from quantrack.errors import UsageError
-from quantrack.progress import say
-from quantrack.quantization.activation_ranges import MinMaxActivationRanges
+from quantrack.quantization.activation_ranges import (
+    MinMaxActivationRanges,
+    MseActivationRanges,
+    PercentileActivationRanges,
+)
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
-from quantrack.quantization.job import QuantizationJob, Step, StepReport
+from quantrack.quantization.job import Step
 from quantrack.quantization.observe import ObserveActivations
-from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
+from quantrack.quantization.reconstruction import BlockReconstruction
+from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
+
+# What a recipe file may name.
+STEPS: dict[str, type[Step]] = {
+    "insert_quantizers": InsertQuantizers,
+    "observe_activations": ObserveActivations,
+    "min_max_weight_scales": MinMaxWeightScales,
+    "mse_weight_scales": MseWeightScales,
+    "percentile_weight_scales": PercentileWeightScales,
+    "min_max_activation_ranges": MinMaxActivationRanges,
+    "percentile_activation_ranges": PercentileActivationRanges,
+    "mse_activation_ranges": MseActivationRanges,
+    "gptq": Gptq,
+    "block_reconstruction": BlockReconstruction,
+    "distillation": Distillation,
+    "bias_correction": BiasCorrection,
+}
+CALIBRATED: tuple[Step, ...] = (InsertQuantizers(), ObserveActivations(), MseWeightScales(), MinMaxActivationRanges())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name for tables, and the steps in order."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def text(self) -> str:
+        """The recipe as a file that `read_recipe` reads: every setting of every step."""
+        listed = [{step_name(step): {key: _plain(value) for key, value in asdict(step).items()}} for step in self.steps]  # type: ignore[call-overload]
+        return yaml.safe_dump({"steps": listed}, sort_keys=False)
+
 
 RECIPES: dict[str, tuple[Step, ...]] = {
     # What quantization without care gives: every convolution, DFL's included, by its range.
@@ -22,36 +64,92 @@ RECIPES: dict[str, tuple[Step, ...]] = {
         MinMaxWeightScales(),
         MinMaxActivationRanges(),
     ),
-    "default": (
-        InsertQuantizers(),
-        ObserveActivations(),
-        MseWeightScales(),
-        MinMaxActivationRanges(),
-        Gptq(),
-        BiasCorrection(),
-    ),
+    "fast": (*CALIBRATED, BiasCorrection()),
+    "default": (*CALIBRATED, Gptq(), BiasCorrection()),
+    "best": (*CALIBRATED, Gptq(), Distillation(), BiasCorrection()),
 }
 
 
-def parse_recipe(name: str) -> tuple[Step, ...]:
-    """The steps of a named recipe.
+def parse_recipe(text: str) -> Recipe:
+    """A named recipe, or one read from a `*.yaml` file.
 
     Raises:
-        UsageError: there is no recipe of that name.
+        UsageError: there is no recipe of that name, or the file is no recipe.
     """
-    if name not in RECIPES:
-        raise UsageError(f"recipe={name}: unknown recipe; use one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+    if text in RECIPES:
+        return Recipe(text, RECIPES[text])
+    if text.endswith((".yaml", ".yml")):
+        return read_recipe(Path(text))
+    raise UsageError(f"recipe={text}: unknown recipe; use one of {', '.join(RECIPES)}, or a *.yaml file")
 
 
-def apply_recipe(job: QuantizationJob, steps: tuple[Step, ...]) -> tuple[StepReport, ...]:
-    """Run the steps in order on the job's model and report each."""
-    reports = []
-    for step in steps:
-        start = time.perf_counter()
-        figures = step.apply(job)
-        report = StepReport(type(step).__name__, time.perf_counter() - start, figures)
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        say(f"{report.step}: {report.seconds:.1f} s{', ' + shown if shown else ''}")
-        reports.append(report)
-    return tuple(reports)
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file: `steps:`, a list of step names, each alone or with its settings.
+
+    Raises:
+        UsageError: the file is missing or broken, or a step or one of its settings is unknown or refused.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"recipe={path}: cannot be read ({reason}); give a YAML file with `steps:`") from error
+    listed = content.get("steps") if isinstance(content, dict) and set(content) == {"steps"} else None
+    if not isinstance(listed, list) or not listed:
+        raise UsageError(f"recipe={path}: must hold just `steps:` and below it a list of steps")
+    return Recipe(path.stem, tuple(_step(item, path) for item in listed))
+
+
+def step_name(step: Step) -> str:
+    """A step's name in recipe files."""
+    return next(name for name, kind in STEPS.items() if kind is type(step))
+
+
+def _step(item: object, path: Path) -> Step:
+    name: object = item
+    settings: object = {}
+    if isinstance(item, dict) and len(item) == 1:
+        name, given = next(iter(item.items()))
+        settings = {} if given is None else given
+    if not isinstance(name, str) or name not in STEPS:
+        raise UsageError(f"recipe={path}: {name}: unknown step; use one of {', '.join(STEPS)}")
+    if not isinstance(settings, dict):
+        raise UsageError(f"recipe={path}: {name}: its settings must be `name: value`")
+    kind = STEPS[name]
+    hints = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            allowed = f"it has {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"recipe={path}: {name}: no setting {setting}; {allowed}")
+    where = f"recipe={path}: {name}"
+    try:
+        return kind(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in settings.items()})
+    except UsageError as error:
+        message = str(error)
+        raise UsageError(message if message.startswith(where) else f"{where}: {message}") from error
+
+
+def _typed(value: object, kind: object, where: str) -> object:
+    """A YAML value as a setting's type: numbers, texts, and lists of roles."""
+    if get_origin(kind) is tuple:
+        item_kind = get_args(kind)[0]
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: must be a list")
+        return tuple(_typed(item, item_kind, where) for item in value)
+    if kind is Role:
+        if value not in [role.value for role in Role]:
+            raise UsageError(f"{where}: {value}: unknown role; use {', '.join(role.value for role in Role)}")
+        return Role(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(kind, type) or type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind)  # type: ignore[call-overload]
+        raise UsageError(f"{where}: {value!r}: must be {wanted}")
+    return value
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value

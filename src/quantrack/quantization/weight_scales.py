@@ -32,6 +32,26 @@ class MinMaxWeightScales:
 
 
 @dataclass(frozen=True)
+class PercentileWeightScales:
+    """A high percentile (in percent) of each output channel's magnitudes becomes the largest integer."""
+
+    percentile: float = 99.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise UsageError(f"percentile={self.percentile}: must lie in 0..100")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        for layer in quantized_layers(job.model).values():
+            limit = weight_limit(weight_bits(layer))
+            magnitudes = layer.weight.detach().abs().flatten(1)
+            set_weight_scale(
+                layer, (magnitudes.quantile(self.percentile / 100, dim=1) / limit).clamp_min(SMALLEST_SCALE)
+            )
+        return {}
+
+
+@dataclass(frozen=True)
 class MseWeightScales:
     """The scale of least squared rounding error, searched over shrunken ranges.
 

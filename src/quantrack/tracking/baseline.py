@@ -13,8 +13,9 @@ from mlflow.entities import Run
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
+from quantrack.evaluation.bootstrap import paired_drop_interval
 from quantrack.evaluation.coco_metrics import detections_from_json, drop_points
-from quantrack.evaluation.measure import prove
+from quantrack.evaluation.measure import Proof, prove
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.files import export_float_files
 from quantrack.onnx.inspect import ModelFacts
@@ -36,11 +37,13 @@ class Baseline:
     metrics: Mapping[str, float]
     detections: Sequence[Detection]
 
-    def drop(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """`mAP50-95_drop` in points; absent where either side was not measured."""
-        if ACCURACY not in metrics or ACCURACY not in self.metrics:
+    def drop(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
+        """`mAP50-95_drop` in points and its 95 % interval; absent where either side was not measured."""
+        if ACCURACY not in proof.coco.metrics or ACCURACY not in self.metrics:
             return {}
-        return {f"{ACCURACY}_drop": drop_points(self.metrics[ACCURACY], metrics[ACCURACY])}
+        drop = drop_points(self.metrics[ACCURACY], proof.coco.metrics[ACCURACY])
+        interval = paired_drop_interval(evaluation_set, self.detections, proof.detections)
+        return {f"{ACCURACY}_drop": drop} | interval.metrics()
 
 
 def measure_baseline(
@@ -60,7 +63,7 @@ def measure_baseline(
         files = export_float_files(detector.model, facts, Path(folder))
         session = open_session(files.optimized, provider)
         proof = prove(session, evaluation_set, facts.head, latency_runs, detector.model)
-        further = reference.drop(proof.metrics()) if reference else {f"{ACCURACY}_drop": 0.0}
+        further = reference.drop(proof, evaluation_set) if reference else {f"{ACCURACY}_drop": 0.0}
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     active = mlflow.active_run()

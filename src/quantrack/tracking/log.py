@@ -16,13 +16,16 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.download import PreparedData
 from quantrack.evaluation.coco_metrics import detections_json
 from quantrack.evaluation.measure import Proof
-from quantrack.evaluation.plots import per_class_ap_figure, precision_recall_figure
+from quantrack.evaluation.plots import per_class_ap_figure, precision_recall_figure, sensitivity_figure
 from quantrack.evaluation.samples import choose_samples, sample_picture
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.files import ExportedFiles
+from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.insert import average_weight_bits
 from quantrack.quantization.job import QuantizationJob, StepReport
+from quantrack.quantization.recipe import Recipe
 from quantrack.quantization.report import calibration_record, layer_records
+from quantrack.quantization.sensitivity import LayerSensitivity
 from quantrack.settings import SharedSettings, setting_texts
 from quantrack.tracking.environment import device_name, environment_record
 from quantrack.tracking.run import log_new_parameters, name_run
@@ -63,10 +66,48 @@ def log_quantization(job: QuantizationJob, seed: int, reports: Sequence[StepRepo
     """`calibration.json` and `layers.json`; returns the metrics of the quantization itself."""
     log_json(calibration_record(job, seed, reports), "calibration.json")
     log_json(layer_records(job), "layers.json")
+    if job.plan is not None:
+        log_json(job.plan.record(), "plan.json")
     return {
+        "steps_from_cache": float(sum(report.cached for report in reports)),
         "weight_bits_avg": average_weight_bits(job.model),
         "quantize_seconds": sum(report.seconds for report in reports),
     }
+
+
+def log_recipe(recipe: Recipe) -> None:
+    """`recipe.yaml`: every step with every setting, as `-P recipe=` reads it again."""
+    mlflow.log_text(recipe.text(), "recipe.yaml")
+
+
+def log_step(place: int, report: StepReport) -> None:
+    """A finished step's time and figures, grouped in the UI under `steps`."""
+    prefix = f"steps/{place:02d}_{report.step}"
+    figures = {"seconds": report.seconds, **report.figures}
+    mlflow.log_metrics({f"{prefix}/{name}": value for name, value in figures.items()})
+
+
+def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) -> None:
+    """`sensitivity.json` (a table), `plan.json` for `ptq -P plan=`, a plot, and what the plan comes to."""
+    bits = sorted(rows[0].errors)
+    table: dict[str, list[object]] = {
+        "layer": [row.name for row in rows],
+        "role": [row.role.value for row in rows],
+        "weights": [row.weights for row in rows],
+        **{f"error at {each} bits": [row.errors[each] for row in rows] for each in bits},
+        "planned bits": [plan.bits[row.name] for row in rows],
+    }
+    mlflow.log_table(table, "sensitivity.json")
+    log_json(plan.record(), "plan.json")
+    mlflow.log_figure(sensitivity_figure(rows, plan, unit), "plots/sensitivity.png")
+    weights = sum(row.weights for row in rows)
+    mlflow.log_metrics(
+        {
+            "weight_bits_avg": sum(plan.bits[row.name] * row.weights for row in rows) / weights,
+            "planned_error": sum(row.errors[plan.bits[row.name]] for row in rows),
+            "error_at_fewest_bits": sum(row.errors[bits[0]] for row in rows),
+        }
+    )
 
 
 def log_files(files: ExportedFiles) -> None:

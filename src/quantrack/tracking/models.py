@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import QuantrackError
 from quantrack.onnx.export import INPUT_NAME, OUTPUT_NAME
 from quantrack.onnx.inspect import load_onnx
+from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking.environment import installed_versions
 from quantrack.tracking.log import evaluation_dataset
 
@@ -46,22 +48,41 @@ def _signature(path: Path) -> ModelSignature:
     return ModelSignature(inputs=inputs, outputs=Schema([TensorSpec(kind, shapes[1], OUTPUT_NAME)]))
 
 
+def fetch(reference: str, setting: str, folder: Path) -> Path:
+    """The file or folder behind the path, `runs:/...` or `models:/...` that a setting gave.
+
+    Raises:
+        QuantrackError: there is no such file, run or model.
+    """
+    if not reference.startswith(("runs:/", "models:/")):
+        path = Path(reference)
+        if not path.is_file():
+            raise QuantrackError(f"{setting}={reference}: no such file; give a file, runs:/... or models:/...")
+        return path
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
+    except Exception as error:  # stores raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({reason})") from error
+
+
+def fetch_plan(reference: str) -> BitPlan:
+    """The bit plan behind a path or `runs:/...`.
+
+    Raises:
+        QuantrackError: there is no such file or run, or it holds no plan.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return read_plan(fetch(reference, "plan", Path(folder)))
+
+
 def fetch_onnx(reference: str, folder: Path) -> Path:
     """The ONNX file behind a path, `runs:/...` or `models:/...`; remote ones are copied to `folder`.
 
     Raises:
         QuantrackError: there is no such file, run or model, or the reference holds no ONNX file.
     """
-    if not reference.startswith(("runs:/", "models:/")):
-        path = Path(reference)
-        if not path.is_file():
-            raise QuantrackError(f"onnx={reference}: no such file; give a file, runs:/... or models:/...")
-        return path
-    try:
-        fetched = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
-    except Exception as error:  # stores raise their own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise QuantrackError(f"onnx={reference}: MLflow cannot fetch it ({reason})") from error
+    fetched = fetch(reference, "onnx", folder)
     if fetched.is_file():
         return fetched
     found = sorted(fetched.rglob("*-opt.onnx")) or sorted(fetched.rglob("*.onnx"))

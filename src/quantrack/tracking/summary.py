@@ -10,6 +10,8 @@ ROWS = (
     ("mAP50-95", "mAP50-95", "{:.4f}"),
     ("mAP50", "mAP50", "{:.4f}"),
     ("mAP50-95_drop", "drop against float32 (points)", "{:.2f}"),
+    ("mAP50-95_drop_ci_low", "drop, lower end of its 95 % interval", "{:.2f}"),
+    ("mAP50-95_drop_ci_high", "drop, upper end of its 95 % interval", "{:.2f}"),
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
     ("latency_ms_p50", "median latency (ms)", "{:.1f}"),
     ("onnx_mb", "file (MB)", "{:.2f}"),

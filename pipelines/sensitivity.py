@@ -1,0 +1,51 @@
+"""What each layer's quantization costs, and the bit plan that follows from it under a budget."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from quantrack.datasets.calibration import load_calibration_set
+from quantrack.datasets.coco import load_evaluation_set
+from quantrack.detector.device import resolve_device
+from quantrack.detector.load import load_detector
+from quantrack.entry import run_entry_point
+from quantrack.evaluation.measure import require_same_classes, score_model
+from quantrack.quantization.job import new_job
+from quantrack.quantization.sensitivity import (
+    LayerTrials,
+    measure_score_sensitivity,
+    measure_sensitivity,
+    plan_bits,
+)
+from quantrack.schemes import parse_mode
+from quantrack.settings import SensitivitySettings
+from quantrack.tracking.log import log_inputs, log_sensitivity, log_settings
+
+
+def sensitivity(settings: SensitivitySettings) -> None:
+    """Quantize one layer at a time, measure what it costs, and plan bits per layer under a budget."""
+    scheme = parse_mode(settings.mode)
+    device = resolve_device(settings.device)
+    evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
+    calibration = load_calibration_set(
+        settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
+    )
+    detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
+    require_same_classes(len(detector.class_names), evaluation_set, settings.model)
+    log_settings(settings, f"sensitivity-{scheme.name}-{detector.name}", {"device": str(device)})
+    log_inputs(evaluation_set, calibration)
+
+    job = new_job(detector, scheme, calibration, settings.imgsz, device)
+    trials = LayerTrials(bits=(scheme.weight_bits, 8))
+    if settings.measure == "mAP":
+        score = partial(
+            score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz, device=device
+        )
+        rows, unit = measure_score_sensitivity(job, trials, score), "mAP50-95 lost"
+    else:
+        rows, unit = measure_sensitivity(job, trials), "divergence of raw outputs"
+    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
+
+
+if __name__ == "__main__":
+    run_entry_point("sensitivity", SensitivitySettings, sensitivity)

@@ -1,0 +1,110 @@
+"""The raw outputs of the detection head: what its last convolutions give, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadLevel:
+    """Module names of one level's output convolutions: boxes [B, 4 * bins, H, W], classes [B, C, H, W]."""
+
+    boxes: str
+    classes: str
+
+
+def head_levels(model: nn.Module) -> tuple[HeadLevel, ...]:
+    """The levels of the active head, finest first; none where the model has no Ultralytics head.
+
+    Call it after BatchNorm is folded, when only the chosen head is left.
+    """
+    layers = getattr(model, "model", None)
+    head = layers[-1] if isinstance(layers, nn.Sequential) else None
+    boxes, classes = _active_branches(head)
+    names = {id(module): name for name, module in model.named_modules()}
+    return tuple(
+        HeadLevel(names[id(cast("nn.Sequential", box)[-1])], names[id(cast("nn.Sequential", cls)[-1])])
+        for box, cls in zip(boxes, classes, strict=True)
+    )
+
+
+def _active_branches(head: nn.Module | None) -> tuple[nn.ModuleList | list[nn.Module], nn.ModuleList | list[nn.Module]]:
+    for box, cls in (("one2one_cv2", "one2one_cv3"), ("cv2", "cv3")):
+        boxes, classes = getattr(head, box, None), getattr(head, cls, None)
+        if boxes is not None and classes is not None:
+            return boxes, classes
+    return [], []
+
+
+@dataclass(frozen=True)
+class RawOutputs:
+    """Of one batch: box and class outputs of each level, and the feature maps that the head takes."""
+
+    boxes: tuple[Tensor, ...]
+    classes: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+
+
+class RawOutputTap:
+    """Catches a model's raw outputs as it runs; `taken` gives the last batch's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.levels = head_levels(model)
+        self.caught: dict[str, Tensor] = {}
+        self.features: tuple[Tensor, ...] = ()
+
+    def taken(self) -> RawOutputs:
+        """The raw outputs of the last run."""
+        return RawOutputs(
+            tuple(self.caught[level.boxes] for level in self.levels),
+            tuple(self.caught[level.classes] for level in self.levels),
+            self.features,
+        )
+
+
+@contextmanager
+def raw_outputs(model: nn.Module) -> Iterator[RawOutputTap]:
+    """Watch a model's raw outputs; while this lasts, it decodes no boxes and returns nothing useful."""
+    tap = RawOutputTap(model)
+
+    def catch(name: str) -> Any:  # noqa: ANN401 - a hook of torch's own loose type
+        return lambda module, inputs, output: tap.caught.__setitem__(name, output)
+
+    def catch_features(module: nn.Module, inputs: tuple[list[Tensor]]) -> None:
+        tap.features = tuple(inputs[0])
+
+    head = cast("nn.Sequential", model.model)[-1]
+    handles = [
+        model.get_submodule(name).register_forward_hook(catch(name))
+        for level in tap.levels
+        for name in (level.boxes, level.classes)
+    ]
+    handles.append(head.register_forward_pre_hook(catch_features))
+    try:
+        with _without_decoding(head):
+            yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_decoding(head: nn.Module) -> Iterator[None]:
+    """Decoding and top-k selection need no gradient, and their time would be lost."""
+    replaced: Mapping[str, Any] = {
+        "_inference": lambda *args, **kwargs: torch.zeros(1, 1, 1),
+        "postprocess": lambda predictions: predictions,
+    }
+    try:
+        for name, function in replaced.items():
+            object.__setattr__(head, name, function)
+        yield
+    finally:
+        for name in replaced:
+            object.__delattr__(head, name)

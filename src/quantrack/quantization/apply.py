@@ -1,0 +1,79 @@
+"""Run a recipe: each step in order, timed, its effect measured, its result kept for the next time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from quantrack.detector.heads import head_levels, raw_outputs
+from quantrack.progress import say
+from quantrack.quantization.divergence import divergence
+from quantrack.quantization.job import QuantizationJob, Step, StepReport, first_pictures
+from quantrack.quantization.layers import scales_are_set
+from quantrack.quantization.step_cache import WORTH_SECONDS, restore_step, save_step, step_keys
+
+PROBE_PICTURES = 8
+
+
+def apply_recipe(
+    job: QuantizationJob, steps: Sequence[Step], on_step: Callable[[int, StepReport], None] = lambda place, report: None
+) -> tuple[StepReport, ...]:
+    """Run the steps in order on the job's model and report each; steps found in the cache are not run.
+
+    A report's figures hold, beside the step's own, `divergence_before` and `divergence_after`: how far
+    the raw outputs are from the float model's on a few calibration pictures. `on_step` is told each
+    report, with its place from 1, as soon as it is there.
+    """
+    keys = step_keys(job, steps)
+    reports = _restored(job, keys)
+    start = len(reports)
+    for place, report in enumerate(reports, 1):
+        on_step(place, report)
+    before = output_divergence(job)
+    for step, key in zip(steps[start:], keys[start:], strict=True):
+        began = time.perf_counter()
+        figures = step.apply(job)
+        seconds = time.perf_counter() - began
+        after = output_divergence(job)
+        apart = {"divergence_before": before, "divergence_after": after}
+        known = {name: value for name, value in apart.items() if value is not None}
+        reports.append(StepReport(type(step).__name__, seconds, {**figures, **known}))
+        say(_line(reports[-1]))
+        on_step(len(reports), reports[-1])
+        if seconds >= WORTH_SECONDS:
+            save_step(key, job, reports)
+        before = after
+    return tuple(reports)
+
+
+@torch.no_grad()
+def output_divergence(job: QuantizationJob) -> float | None:
+    """Class and box divergence per object; None until all scales are set, or without a known head."""
+    if not head_levels(job.float_model) or not scales_are_set(job.model):
+        return None
+    few = replace(first_pictures(job, PROBE_PICTURES), batch=PROBE_PICTURES)
+    with raw_outputs(job.model) as student, raw_outputs(job.float_model) as teacher:
+        batch = next(few.batches())
+        job.model(batch)
+        job.float_model(batch)
+        apart = divergence(student.taken(), teacher.taken())
+    return float(apart.classes + apart.boxes)
+
+
+def _restored(job: QuantizationJob, keys: Sequence[str]) -> list[StepReport]:
+    """Put the job into the state after the latest step in the cache; the reports up to it."""
+    for done in range(len(keys), 0, -1):
+        reports = restore_step(keys[done - 1], job)
+        if reports is not None:
+            for report in reports:
+                say(f"{_line(report)} (from the cache)")
+            return [replace(report, cached=True) for report in reports]
+    return []
+
+
+def _line(report: StepReport) -> str:
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in report.figures.items())
+    return f"{report.step}: {report.seconds:.1f} s{', ' + shown if shown else ''}"

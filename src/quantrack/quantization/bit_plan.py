@@ -1,0 +1,113 @@
+"""A bit plan: how many bits each convolution's weights get, chosen under a budget of average bits.
+
+Layers' errors are taken to add up, as in HAWQ-V3 (arXiv:2011.10680), which makes the choice a
+multiple-choice knapsack: integer programming solves it exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.files import write_json
+
+BIT_RANGE = range(2, 9)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One convolution: how many weights it has, and the error that each choice of bits brings."""
+
+    name: str
+    weights: int
+    errors: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Weight bits by layer name, for the model of `model_digest`."""
+
+    model_digest: str
+    bits: Mapping[str, int]
+
+    def require_fits(self, model_digest: str, names: Sequence[str]) -> None:
+        """Refuse a plan made for another model.
+
+        Raises:
+            QuantrackError: the weights differ, or the plan's layers are not the model's.
+        """
+        if self.model_digest != model_digest:
+            raise QuantrackError(
+                f"plan: made for model {self.model_digest[:12]}, not {model_digest[:12]}; run `sensitivity` on this one"
+            )
+        if odd := sorted(set(names) ^ set(self.bits)):
+            raise QuantrackError(f"plan: {odd[0]} is not in both plan and model; run `sensitivity` on this model")
+
+    def write(self, path: Path) -> None:
+        """Write `plan.json`."""
+        write_json(path, self.record())
+
+    def record(self) -> dict[str, object]:
+        """The content of `plan.json`."""
+        return {"model_digest": self.model_digest, "bits": dict(self.bits)}
+
+
+def read_plan(path: Path) -> BitPlan:
+    """Read what `BitPlan.write` wrote.
+
+    Raises:
+        QuantrackError: the file is missing or is no plan.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest, bits = content["model_digest"], content["bits"]
+        well_formed = isinstance(digest, str) and all(
+            type(value) is int and value in BIT_RANGE for value in bits.values()
+        )
+    except OSError as error:
+        raise QuantrackError(
+            f"plan={path}: cannot be read ({error.strerror}); give the plan.json of a sensitivity run"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QuantrackError(f"plan={path}: not a bit plan; give the plan.json of a sensitivity run") from error
+    if not well_formed:
+        raise QuantrackError(
+            f"plan={path}: bits must be whole numbers from 2 to 8; give the plan.json of a sensitivity run"
+        )
+    return BitPlan(digest, bits)
+
+
+def solve_bits(costs: Sequence[LayerCost], average_bits: float) -> dict[str, int]:
+    """The bits of least total error whose weighted average is at most `average_bits`; proven optimal.
+
+    Raises:
+        UsageError: even the fewest bits of every layer exceed the budget.
+
+    >>> solve_bits([LayerCost("a", 10, {4: 5.0, 8: 0.0}), LayerCost("b", 30, {4: 6.0, 8: 0.0})], 5.0)
+    {'a': 8, 'b': 4}
+    """
+    choices = [(cost, bits) for cost in costs for bits in sorted(cost.errors)]
+    total = sum(cost.weights for cost in costs)
+    least = sum(cost.weights * min(cost.errors) for cost in costs) / total
+    if average_bits < least:
+        raise UsageError(f"avg_bits={average_bits}: the fewest possible are {least:.3f}; ask for at least that")
+    errors = np.array([cost.errors[bits] for cost, bits in choices])
+    one_each = np.array([[float(chosen is cost) for chosen, _ in choices] for cost in costs])
+    # as average bits, with a hair of room for the sum's rounding
+    size = np.array([cost.weights * bits / total for cost, bits in choices])
+    solution = milp(
+        errors / max(errors.max(), 1e-30),
+        integrality=np.ones(len(choices), dtype=np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, ub=average_bits + 1e-12)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if not solution.success:
+        raise QuantrackError(f"avg_bits={average_bits}: no plan found ({solution.message})")
+    return {cost.name: bits for (cost, bits), taken in zip(choices, solution.x, strict=True) if taken > 0.5}

@@ -1,0 +1,177 @@
+"""Step: learn which way each weight rounds, block by block (AdaRound, BRECQ).
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv:2004.10568), for
+whole blocks as in Li et al., "BRECQ" (arXiv:2102.05426): a block's roundings are trained together so
+that its output, on what the quantized blocks before it give, comes close to the float network's. The
+head has no single output; its raw outputs are held against the float ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from quantrack.detector.blocks import Block, run_block
+from quantrack.detector.heads import head_levels, raw_outputs
+from quantrack.errors import UsageError
+from quantrack.progress import track
+from quantrack.quantization.block_walk import BlockWalk
+from quantrack.quantization.divergence import divergence
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import layers_of_block
+from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
+
+STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
+
+
+class SoftRounding(nn.Module):
+    """Between floor and ceiling by a learned share `h` of each weight; `harden` makes it 0 or 1."""
+
+    def __init__(self, units: Tensor, limit: int) -> None:
+        super().__init__()
+        inside = units.detach().clamp(-limit, limit)
+        self.limit = limit
+        self.floor = inside.floor()
+        low, high = STRETCH
+        share = ((inside - self.floor - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
+        self.alpha = nn.Parameter(share.logit())
+
+    def share(self) -> Tensor:
+        """The rectified sigmoid, in 0..1."""
+        low, high = STRETCH
+        return (self.alpha.sigmoid() * (high - low) + low).clamp(0, 1)
+
+    def forward(self, units: Tensor) -> Tensor:
+        return (self.floor + self.share()).clamp(-self.limit, self.limit)
+
+    def undecided(self, exponent: float) -> Tensor:
+        """Zero where every share is 0 or 1; AdaRound's equation 24."""
+        return (1 - (2 * self.share() - 1).abs().pow(exponent)).sum()
+
+    def harden(self, units: Tensor) -> Tensor:
+        """The integers that the shares decided for."""
+        return (self.floor + (self.share() >= 0.5)).clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """Weights become points of their grid, scales stay. It needs the float weights: GPTQ cannot go before.
+
+    `iterations` a block, each on `batch` pictures. `decision_weight` weighs the pull towards a
+    decision, whose exponent falls from 20 to 2 after the first fifth.
+    """
+
+    iterations: int = 300
+    batch: int = 4
+    learning_rate: float = 0.01
+    decision_weight: float = 0.1
+    memory_gb: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.iterations, self.batch) < 1 or min(self.learning_rate, self.decision_weight, self.memory_gb) <= 0:
+            raise UsageError("block_reconstruction: all settings but the seed must be positive")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        if job.scheme.weight_bits >= 8:
+            return {}
+        draw = random.Random(self.seed)
+        before = after = 0.0
+        with (
+            BlockWalk(job.float_model, job.batches(), job.device, self.memory_gb) as reference,
+            BlockWalk(job.model, job.batches(), job.device, self.memory_gb) as walk,
+        ):
+            for block in track(walk.blocks, "block reconstruction"):
+                if layers_of_block(job.model, block):
+                    errors = self.train_block(_Comparison(job, reference, walk, block), draw)
+                    before, after = before + errors[0], after + errors[1]
+                reference.advance(block)
+                walk.advance(block)
+        return {"error_before": before, "error_after": after}
+
+    def train_block(self, compare: _Comparison, draw: random.Random) -> tuple[float, float]:
+        """Train one block's roundings; its loss with rounding to nearest, and with the learned ones."""
+        before = compare.mean_loss()
+        layers = compare.layers
+        roundings = {name: SoftRounding(layer.units, layer.limit) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.set_rounding(roundings[name])
+        optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings.values()], lr=self.learning_rate)
+        weights = sum(rounding.alpha.numel() for rounding in roundings.values())
+        for step in range(self.iterations):
+            loss = compare.loss(*compare.drawn(self.batch, draw))
+            exponent = decision_exponent(step / self.iterations)
+            if exponent is not None:
+                undecided = torch.stack([rounding.undecided(exponent) for rounding in roundings.values()]).sum()
+                loss = loss + self.decision_weight * undecided / weights
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        for name, layer in layers.items():
+            layer.set_rounding(roundings[name].harden)
+        after = compare.mean_loss()
+        if after < before:
+            compare.take_over()
+        return before, min(before, after)
+
+
+def decision_exponent(progress: float, warm_up: float = 0.2, start: float = 20.0, end: float = 2.0) -> float | None:
+    """The exponent of the pull towards a decision at a share of the training; None while it warms up.
+
+    >>> decision_exponent(0.1), decision_exponent(0.2), decision_exponent(1.0)
+    (None, 20.0, 2.0)
+    """
+    if progress < warm_up:
+        return None
+    done = (progress - warm_up) / (1 - warm_up)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Comparison:
+    """One block in training against the float network's."""
+
+    def __init__(self, job: QuantizationJob, reference: BlockWalk, walk: BlockWalk, block: Block) -> None:
+        self.job, self.reference, self.walk, self.block = job, reference, walk, block
+        self.twin = trainable_twin(job.model)
+        self.layers = {name: layer for name, layer in trainable_layers(self.twin).items() if block.holds(name)}
+        self.is_head = block == walk.blocks[-1] and bool(head_levels(job.model))
+
+    def drawn(self, count: int, draw: random.Random) -> tuple[int, Tensor]:
+        """A batch at random, and that many of its pictures."""
+        batch = draw.randrange(self.walk.batch_count)
+        size = len(self.walk.inputs(self.block, batch)[0])
+        return batch, torch.tensor(draw.sample(range(size), min(count, size)))
+
+    def loss(self, batch: int, rows: Tensor) -> Tensor:
+        """Squared error of the block's output over its variance; of the head, the divergence."""
+        inputs = [kept[rows] for kept in self.walk.inputs(self.block, batch)]
+        float_inputs = [kept[rows] for kept in self.reference.inputs(self.block, batch)]
+        if self.is_head:
+            with raw_outputs(self.twin) as own, raw_outputs(self.job.float_model) as other:
+                run_block(self.twin, self.block, inputs)
+                with torch.no_grad():
+                    run_block(self.job.float_model, self.block, float_inputs)
+                return divergence(own.taken(), other.taken()).total(feature_weight=0.0)
+        output = run_block(self.twin, self.block, inputs)
+        with torch.no_grad():
+            target = run_block(self.job.float_model, self.block, float_inputs)
+        return mse_loss(output, target) / target.var().clamp_min(1e-12)
+
+    @torch.no_grad()
+    def mean_loss(self) -> float:
+        """Over all calibration pictures."""
+        losses = []
+        for batch in range(self.walk.batch_count):
+            size = len(self.walk.inputs(self.block, batch)[0])
+            losses.append(size * float(self.loss(batch, torch.arange(size))))
+        return sum(losses) / len(self.job.calibration.paths)
+
+    def take_over(self) -> None:
+        """Give the quantized model the trained block's weights."""
+        take_over(self.job.model, self.layers)

@@ -1,0 +1,107 @@
+"""Finished steps on disk, so that a rerun which changes a later step starts there.
+
+A step's key is the digest of everything that its result depends on: the model, mode, bit plan,
+pictures, input size, device kind, the versions of the libraries and of Quantrack's own steps, and the
+settings of the step and of all before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Sequence
+from dataclasses import astuple
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from quantrack.detector.environment import cache_folder
+from quantrack.files import atomic_path, combined_digest, file_digest
+from quantrack.progress import say
+from quantrack.quantization.job import ActivationStatistics, QuantizationJob, Step, StepReport
+from quantrack.quantization.layers import LayerPlan, insert_quantizers, layer_plans
+
+WORTH_SECONDS = 3.0
+LIMIT_BYTES = 4_000_000_000
+
+
+def step_keys(job: QuantizationJob, steps: Sequence[Step]) -> list[str]:
+    """The key of each step's result, in order."""
+    plan = "" if job.plan is None else repr(sorted(job.plan.bits.items()))
+    key = combined_digest(
+        [
+            job.model_digest,
+            job.head,
+            repr(job.scheme),
+            plan,
+            job.calibration.digest,
+            str(job.imgsz),
+            str(job.batch),
+            job.device.type,
+            str(torch.get_num_threads()),
+            *(f"{name} {version(name)}" for name in ("torch", "brevitas", "ultralytics")),
+            *(file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))),
+        ]
+    )
+    keys = []
+    for step in steps:
+        key = combined_digest([key, repr(step)])
+        keys.append(key)
+    return keys
+
+
+def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> None:
+    """Keep the job's state after a step, and the reports so far; the oldest go where room runs out."""
+    state = {
+        "plans": {name: astuple(plan) for name, plan in layer_plans(job.model).items()},
+        "weights": job.model.state_dict(),
+        "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
+        "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
+    }
+    path = _path(key)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+    _forget_oldest(path.parent, keep=path)
+
+
+def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
+    """Put the job into the state after a step; None, and the job untouched, where it was not kept."""
+    path = _path(key)
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location=job.device, weights_only=True)
+        model = copy.deepcopy(job.float_model)
+        insert_quantizers(model, {name: LayerPlan(*plan) for name, plan in state["plans"].items()})
+        # biases may have been added where the float layer has none
+        _load(model, state["weights"])
+        statistics = {name: ActivationStatistics(*seen) for name, seen in state["statistics"].items()}
+        reports = [StepReport(*report) for report in state["reports"]]
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")
+        path.unlink(missing_ok=True)
+        return None
+    job.model, job.statistics = model, statistics
+    path.touch()
+    return reports
+
+
+def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name in weights.keys() - model.state_dict().keys():
+        parent, _, parameter = name.rpartition(".")
+        if parameter == "bias":
+            model.get_submodule(parent).bias = torch.nn.Parameter(weights[name], requires_grad=False)
+    model.load_state_dict(weights)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "steps" / f"{key}.pt"
+
+
+def _forget_oldest(folder: Path, keep: Path) -> None:
+    used = 0
+    for path in sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        used += path.stat().st_size
+        if used > LIMIT_BYTES and path != keep:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""Plain PyTorch twins of the quantized convolutions, made for training.
+
+They compute what Brevitas' layers compute, with fewer passes over memory, and their parameters are
+scaled so that one learning rate suits all layers: weights in units of their own scale, scales as
+logarithms of their change. Gradients pass rounding straight through (Bengio et al.,
+arXiv:1308.3432) and stop at clipped values; scales learn as in LSQ (arXiv:1902.08153).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from quantrack.quantization.layers import (
+    activation_quantization,
+    quantized_layers,
+    set_weight_scale,
+    weight_bits,
+    weight_limit,
+    weight_scale,
+)
+
+
+class _Round(torch.autograd.Function):
+    """Round to nearest; the gradient as if it had not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - torch's untyped context
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        return gradient
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Round to an integer grid and back, in place where it can be; clipped values get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        scale: float,
+        zero_point: int,
+        lowest: int,
+        highest: int,
+    ) -> Tensor:
+        integers = torch.round(x / scale).add_(zero_point)
+        ctx.save_for_backward((integers >= lowest) & (integers <= highest))
+        return integers.clamp_(lowest, highest).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None, None
+
+
+class TrainableConvolution(nn.Module):
+    """A convolution with `units` (weights over their scale), `log_change` of the scales, and a bias.
+
+    `set_rounding` replaces the way in which units become integers, which is straight through at first.
+    """
+
+    def __init__(self, layer: qnn.QuantConv2d) -> None:
+        super().__init__()
+        scale = weight_scale(layer)
+        self.limit = weight_limit(weight_bits(layer))
+        self.scale: Tensor
+        self.register_buffer("scale", scale.clone())
+        self.units = nn.Parameter(layer.weight.detach() / scale[:, None, None, None])
+        self.log_change = nn.Parameter(torch.zeros_like(scale))
+        bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
+        self.bias = nn.Parameter(bias)
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        chosen = activation_quantization(layer)
+        self.input_grid = None if chosen is None else chosen.grid
+        # in a list, so that torch does not take a module given for it as a part of this one
+        self.rounding: list[Callable[[Tensor], Tensor]] = [self.round_straight_through]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_grid is not None:
+            x = _FakeQuantize.apply(x, *self.input_grid)  # type: ignore[no-untyped-call]
+        output: Tensor = conv2d(x, self.weight(), self.bias, *self.geometry)
+        return output
+
+    def weight(self) -> Tensor:
+        """The weights on their grid, shape [O, I/g, kh, kw]."""
+        return self.rounding[0](self.units) * self.current_scale()[:, None, None, None]
+
+    def current_scale(self) -> Tensor:
+        """The scale per output channel, shape [O]."""
+        return self.scale * self.log_change.exp()
+
+    def set_rounding(self, rounding: Callable[[Tensor], Tensor]) -> None:
+        """Let another function turn units into integers (or, in training, into something between)."""
+        self.rounding = [rounding]
+
+    def round_straight_through(self, units: Tensor) -> Tensor:
+        """The nearest integers within the limits."""
+        rounded: Tensor = _Round.apply(units.clamp(-self.limit, self.limit))  # type: ignore[no-untyped-call]
+        return rounded
+
+
+def trainable_twin(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model in which every quantized convolution can be trained."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for name, layer in quantized_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, TrainableConvolution(layer))
+    return twin
+
+
+def trainable_layers(twin: nn.Module) -> dict[str, TrainableConvolution]:
+    """The trainable convolutions by module name, in module order."""
+    return {name: module for name, module in twin.named_modules() if isinstance(module, TrainableConvolution)}
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, trained_layers: Mapping[str, TrainableConvolution]) -> None:
+    """Give the quantized model the trained layers' rounded weights, scales and biases."""
+    layers = quantized_layers(model)
+    for name, trained in trained_layers.items():
+        layer = layers[name]
+        set_weight_scale(layer, trained.current_scale())
+        layer.weight.data.copy_(trained.weight())
+        if layer.bias is None:
+            layer.bias = nn.Parameter(trained.bias.detach().clone(), requires_grad=False)
+        else:
+            layer.bias.data.copy_(trained.bias)

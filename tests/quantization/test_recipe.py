@@ -1,0 +1,92 @@
+"""Recipes from files, and finished steps kept on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantrack.errors import UsageError
+from quantrack.quantization.apply import apply_recipe
+from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe
+from quantrack.quantization.step_cache import restore_step, save_step, step_keys
+
+MakeJob = Callable[[str], QuantizationJob]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_written_down_reads_as_the_same_steps(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(Recipe(name, RECIPES[name]).text())
+    assert parse_recipe(str(path)) == Recipe("own", RECIPES[name])
+
+
+def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3}\n")
+    insert, gptq = parse_recipe(str(path)).steps
+    assert isinstance(insert, InsertQuantizers)
+    assert [role.value for role in insert.roles_at_8_bits] == ["first"]
+    assert gptq == Gptq(damping=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps: [sharpen]", "sharpen: unknown step; use one of insert_quantizers"),
+        ("steps: [{gptq: {dampening: 1}}]", "gptq: no setting dampening; it has positions, damping"),
+        ("steps: [{gptq: {damping: much}}]", "gptq: damping: 'much': must be a number"),
+        ("steps: [{gptq: {positions: true}}]", "gptq: positions: True: must be a whole number"),
+        ("steps: [{gptq: {damping: 2.0}}]", "gptq: .*damping in 0..1"),
+        ("steps: [{insert_quantizers: {float_roles: [neck]}}]", "neck: unknown role; use first, dfl"),
+        ("steps: [{gptq: 3}]", "gptq: its settings must be"),
+        ("steps: []", "must hold just `steps:`"),
+        ("gptq", "must hold just `steps:`"),
+        ("steps: [", "cannot be read"),
+    ],
+)
+def test_a_broken_recipe_is_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said) as refusal:
+        parse_recipe(str(path))
+    assert "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_missing_recipe_file() -> None:
+    with pytest.raises(UsageError, match=r"recipe=nowhere.yaml: cannot be read"):
+        parse_recipe("nowhere.yaml")
+
+
+def test_a_kept_step_is_restored_and_a_changed_one_is_not(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantrack.quantization.apply.WORTH_SECONDS", 0.0)
+    steps = RECIPES["default"]
+    first, again, other = make_job("w4a8"), make_job("w4a8"), make_job("w4a8")
+    told: list[str] = []
+    apply_recipe(first, steps, lambda place, report: told.append(f"{place} {report.step}"))
+    assert told[0] == "1 InsertQuantizers"
+    reports = apply_recipe(again, steps)
+    assert all(report.cached for report in reports)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+    changed = (*steps[:-2], Gptq(damping=0.1), steps[-1])
+    cached = [report.cached for report in apply_recipe(other, changed)]
+    assert cached == [True] * (len(steps) - 2) + [False, False]
+
+
+def test_a_broken_cache_file_is_done_again(make_job: MakeJob) -> None:
+    job = make_job("w4a8")
+    key = step_keys(job, (InsertQuantizers(),))[0]
+    InsertQuantizers().apply(job)
+    save_step(key, job, [])
+    assert restore_step(key, make_job("w4a8")) == []
+    from quantrack.detector.environment import cache_folder
+
+    path = cache_folder() / f"steps/{key}.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    assert restore_step(key, make_job("w4a8")) is None
+    assert not path.exists()

@@ -50,6 +50,14 @@ def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float)
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
 
+def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, store: Path) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--avg-bits", "4.5")
+    metrics = run.data.metrics
+    assert 4.45 < metrics["weight_bits_avg"] <= 4.5
+    assert metrics["mAP50-95"] >= 0.43
+    assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
+
+
 def test_naive_four_bits_lose_the_detector(real_inputs: Path, store: Path) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "naive")
     assert run.data.metrics["mAP50-95"] < 0.1

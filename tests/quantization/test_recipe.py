@@ -37,7 +37,7 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("steps: [sharpen]", "sharpen: unknown step; use one of insert_quantizers"),
-        ("steps: [{gptq: {dampening: 1}}]", "gptq: no setting dampening; it has positions, damping"),
+        ("steps: [{gptq: {dampening: 1}}]", "gptq: no setting dampening; it has positions, importance_share"),
         ("steps: [{gptq: {damping: much}}]", "gptq: damping: 'much': must be a number"),
         ("steps: [{gptq: {positions: true}}]", "gptq: positions: True: must be a whole number"),
         ("steps: [{gptq: {damping: 2.0}}]", "gptq: .*damping in 0..1"),

@@ -51,7 +51,7 @@ def apply_recipe(
 
 @torch.no_grad()
 def output_divergence(job: QuantizationJob) -> float | None:
-    """Class and box divergence per object; None until all scales are set, or without a known head."""
+    """Score and box divergence per object; None until all scales are set, or without a known head."""
     if not head_levels(job.float_model) or not scales_are_set(job.model):
         return None
     few = replace(first_pictures(job, PROBE_PICTURES), batch=PROBE_PICTURES)
@@ -60,7 +60,7 @@ def output_divergence(job: QuantizationJob) -> float | None:
         job.model(batch)
         job.float_model(batch)
         apart = divergence(student.taken(), teacher.taken())
-    return float(apart.classes + apart.boxes)
+    return float(apart.outputs)
 
 
 def _restored(job: QuantizationJob, keys: Sequence[str]) -> list[StepReport]:

@@ -62,7 +62,7 @@ class Distillation:
                 "distillation: the model has no detection head that Quantrack knows; leave the step out"
             )
         training, held_back = self.split(len(job.calibration.paths))
-        twin = trainable_twin(job.model)
+        twin = trainable_twin(job.model, job.float_model)
         optimizer = torch.optim.Adam(self.parameter_groups(twin), betas=(0.9, 0.99))
         rates = [group["lr"] for group in optimizer.param_groups]
         draw = random.Random(self.seed)

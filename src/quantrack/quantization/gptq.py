@@ -1,10 +1,13 @@
 """Step: round weights one input column at a time, the rest making up for each error (GPTQ).
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
-(arXiv:2210.17323), for convolutions of any grouping. The network is walked once, block by block:
-a block's Hessians are summed while its input batches stream by, its weights are rounded, and the
-blocks after it see what the rounded ones give. Two passes over the pictures in all, one to look and
-one to go on, however many layers there are.
+(arXiv:2210.17323), for convolutions of any grouping. The network is walked once, block by block: a
+block's Hessians are summed while its input batches stream by, its weights are rounded, and the walk
+goes on. Two passes over the pictures, one to look and one to go on, and one forward and backward
+pass for the importance of positions, however many layers there are.
+
+What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error
+there reaches the detections (`importance`), as nearly all of a picture is background.
 """
 
 from __future__ import annotations
@@ -19,32 +22,44 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from quantrack.detector.blocks import Block, run_block
+from quantrack.detector.heads import head_levels
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
+from quantrack.quantization.importance import position_importance
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     fake_quantize,
     layers_of_block,
     quantized_input,
+    quantized_layers,
+    set_weight_scale,
     weight_bits,
     weight_limit,
     weight_scale,
 )
 
+INPUTS = ("float", "quantized")
+
 
 @dataclass(frozen=True)
 class Gptq:
-    """Weights become points of their grid; scales stay as they were set.
+    """Weights become points of their grid, which each output channel chooses: of its scale times each
+    of `scale_factors`, the one that leaves the least error after rounding.
 
     W8 modes are left to rounding to nearest, which loses nothing there that 100 pictures could show.
 
-    A convolution sees `positions` output positions drawn from each batch. Hessians take 4 bytes *
-    groups * (inputs per group)^2 a layer; a block's layers are worked off in as many looks at it as
-    `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`, then disk.
+    A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
+    probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
+    blocks before give. Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers
+    are worked off in as many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs
+    take another `memory_gb`, then disk; importance 4 bytes for each position of each layer.
     """
 
     positions: int = 4096
+    importance_share: float = 0.7
+    inputs: str = "float"
+    scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     damping: float = 0.01
     block: int = 128
     memory_gb: float = 2.0
@@ -53,17 +68,24 @@ class Gptq:
     def __post_init__(self) -> None:
         if self.positions < 1 or self.block < 1 or not 0 < self.damping < 1 or self.memory_gb <= 0:
             raise UsageError("gptq: positions, block and memory_gb must be positive and damping in 0..1")
+        if not self.scale_factors or min(self.scale_factors) <= 0:
+            raise UsageError("gptq: scale_factors must be positive, at least one")
+        if not 0 <= self.importance_share <= 1 or self.inputs not in INPUTS:
+            raise UsageError(f"gptq: importance_share must lie in 0..1 and inputs be {' or '.join(INPUTS)}")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.weight_bits >= 8:
             return {}
         before = after = 0.0
-        generator = torch.Generator().manual_seed(self.seed)
-        with BlockWalk(job.model, job.batches(), job.device, self.memory_gb) as walk:
+        seen = job.float_model if self.inputs == "float" else job.model
+        positions = _Positions(self, job)
+        with BlockWalk(seen, job.batches(), job.device, self.memory_gb) as walk:
             for block in track(walk.blocks, "GPTQ"):
                 layers = layers_of_block(job.model, block)
                 for names in self.chunks(layers):
-                    for name, hessian in self.hessians(walk, block, layers, names, generator).items():
+                    with float_weights(layers):  # within the block, weights are not rounded yet
+                        hessians = collect_hessians(walk, block, names, positions)
+                    for name, hessian in hessians.items():
                         errors = self.round_layer(layers[name], hessian)
                         before, after = before + errors[0], after + errors[1]
                 walk.advance(block)
@@ -74,10 +96,15 @@ class Gptq:
         bits, scale = weight_bits(layer), weight_scale(layer)
         weight = grouped(layer.weight.detach(), layer.groups)
         nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
-        rounded = self.round(weight, hessian, scale.reshape(layer.groups, -1), weight_limit(bits))
-        errors = output_error(weight - nearest, hessian), output_error(weight - rounded, hessian)
+        factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
+        scales = scale.reshape(layer.groups, -1).repeat(1, len(self.scale_factors)) * factors
+        trials = weight.repeat(1, len(self.scale_factors), 1)
+        rounded = self.round(trials, hessian, scales, weight_limit(bits))
+        rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
+        errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
+        set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
-        return errors
+        return float(errors[0]), float(errors[1])
 
     def chunks(self, layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[list[str]]:
         """Layer names in order, as many at a time as the memory holds Hessians for."""
@@ -92,40 +119,6 @@ class Gptq:
             used += need
         if names:
             yield names
-
-    @torch.no_grad()
-    def hessians(
-        self,
-        walk: BlockWalk,
-        block: Block,
-        layers: Mapping[str, qnn.QuantConv2d],
-        names: list[str],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """Mean outer product of each layer's input columns, shape [groups, D, D] each.
-
-        The inputs are the quantized prefix's; within the block weights are still float.
-        """
-        sums: dict[str, Tensor] = {}
-
-        def collect(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, qnn.QuantConv2d)
-            columns = sample_columns(quantized_input(module, inputs[0]), module, self.positions, generator)
-            product = columns @ columns.transpose(1, 2) / columns.shape[2]
-            sums[name] = sums[name] + product if name in sums else product
-
-        handles = [
-            layers[name].register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs))
-            for name in names
-        ]
-        try:
-            with float_weights(layers):
-                for batch in range(walk.batch_count):
-                    run_block(walk.model, block, walk.inputs(block, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: total / walk.batch_count for name, total in sums.items()}
 
     def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, limit: int) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
@@ -155,6 +148,67 @@ class Gptq:
         return rounded
 
 
+class _Positions:
+    """Which output positions of a layer a Hessian is made of."""
+
+    def __init__(self, settings: Gptq, job: QuantizationJob) -> None:
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.importance: list[dict[str, Tensor]] = []
+        if settings.importance_share > 0 and head_levels(job.float_model):
+            names = list(quantized_layers(job.model))
+            self.importance = [
+                position_importance(job.float_model, names, pictures, self.generator)
+                for pictures in track(job.batches(), "GPTQ: importance of positions", total=job.batch_count)
+            ]
+
+    def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
+        """Indices of positions of one batch, with repetition; None for all of them."""
+        count = self.settings.positions
+        if available <= count:
+            return None
+        if not self.importance:
+            return torch.randint(available, (count,), generator=self.generator)
+        share = self.settings.importance_share
+        importance = self.importance[batch][name].flatten().cpu()
+        total = float(importance.sum())
+        if total == 0:  # nothing that this layer does reaches a detection
+            return torch.randint(available, (count,), generator=self.generator)
+        chances = share * importance / total + (1 - share) / available
+        return torch.multinomial(chances, count, replacement=True, generator=self.generator)
+
+
+@torch.no_grad()
+def collect_hessians(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Tensor]:
+    """Mean outer product of each layer's input columns, shape [groups, D, D] each."""
+    sums: dict[str, Tensor] = {}
+    current = 0
+
+    def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        x = quantized_input(layer, inputs[0]) if isinstance(layer, qnn.QuantConv2d) else inputs[0]
+        columns = input_columns(x, layer)
+        drawn = positions.drawn(name, current, columns.shape[2])
+        if drawn is not None:
+            columns = columns[:, :, drawn.to(columns.device)]
+        product = columns @ columns.transpose(1, 2) / columns.shape[2]
+        sums[name] = sums[name] + product if name in sums else product
+
+    handles = [
+        walk.model.get_submodule(name).register_forward_pre_hook(
+            lambda layer, inputs, name=name: collect(name, layer, inputs)
+        )
+        for name in names
+    ]
+    try:
+        for current in range(walk.batch_count):
+            run_block(walk.model, block, walk.inputs(block, current))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / walk.batch_count for name, total in sums.items()}
+
+
 @contextmanager
 def float_weights(layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[None]:
     """Let layers compute with the weights they hold, not yet rounded."""
@@ -172,14 +226,10 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def sample_columns(x: Tensor, layer: nn.Conv2d, positions: int, generator: torch.Generator) -> Tensor:
-    """Input patches [G, D, P] at randomly drawn output positions of a batch [B, I, H, W]."""
+def input_columns(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The input patches [G, D, B * H * W] of all output positions, for an input [B, I, H, W]."""
     patches = unfold(x, layer.kernel_size, layer.dilation, _numeric(layer.padding), layer.stride)
-    patches = patches.transpose(0, 1).reshape(layer.groups, -1, patches.shape[0] * patches.shape[2])
-    if patches.shape[2] > positions:
-        drawn = torch.randint(patches.shape[2], (positions,), generator=generator)
-        patches = patches[:, :, drawn.to(x.device)]
-    return patches
+    return patches.transpose(0, 1).reshape(layer.groups, -1, patches.shape[0] * patches.shape[2])
 
 
 def _numeric(padding: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -199,6 +249,17 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     return factor
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """Mean squared change of the layer's output, summed over its channels."""
-    return float(torch.einsum("god,gde,goe->", difference, hessian, difference))
+def channel_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Mean squared change of each output channel, [G, O/G], for a change of weight [G, O/G, D]."""
+    return torch.einsum("god,god->go", difference @ hessian, difference)
+
+
+def best_of_each(rounded: Tensor, scales: Tensor, errors: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Of each channel's trials, the weight and the scale of least error.
+
+    Trials lie one after the other: weights [G, T * channels, D], scales and errors [G, T * channels].
+    """
+    groups, _, size = rounded.shape
+    best = errors.reshape(groups, -1, channels).argmin(dim=1)
+    index = best * channels + torch.arange(channels, device=best.device)
+    return rounded.gather(1, index[:, :, None].expand(groups, channels, size)), scales.gather(1, index)

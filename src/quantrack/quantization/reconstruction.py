@@ -116,8 +116,10 @@ class BlockReconstruction:
         for name, layer in layers.items():
             layer.set_rounding(roundings[name].harden)
         after = compare.mean_loss()
-        if after < before:
-            compare.take_over()
+        if after >= before:
+            for layer in layers.values():
+                layer.set_rounding(layer.round_straight_through)
+        take_over(compare.job.model, layers)
         return before, min(before, after)
 
 
@@ -138,7 +140,7 @@ class _Comparison:
 
     def __init__(self, job: QuantizationJob, reference: BlockWalk, walk: BlockWalk, block: Block) -> None:
         self.job, self.reference, self.walk, self.block = job, reference, walk, block
-        self.twin = trainable_twin(job.model)
+        self.twin = trainable_twin(job.model, job.float_model)
         self.layers = {name: layer for name, layer in trainable_layers(self.twin).items() if block.holds(name)}
         self.is_head = block == walk.blocks[-1] and bool(head_levels(job.model))
 
@@ -171,7 +173,3 @@ class _Comparison:
             size = len(self.walk.inputs(self.block, batch)[0])
             losses.append(size * float(self.loss(batch, torch.arange(size))))
         return sum(losses) / len(self.job.calibration.paths)
-
-    def take_over(self) -> None:
-        """Give the quantized model the trained block's weights."""
-        take_over(self.job.model, self.layers)

@@ -50,7 +50,7 @@ class LayerTrials:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One convolution's row: `errors` by bits, as `Divergence` of classes and boxes per object."""
+    """One convolution's row: `errors` by bits, as `Divergence.outputs` per object."""
 
     name: str
     role: Role
@@ -146,4 +146,4 @@ def _errors_of_batch(
                 with weights_replaced(probe, name, by_layer[name]):
                     run_blocks(probe, blocks[block.index :], outputs)
                 apart = divergence(tap.taken(), reference)
-                yield name, bits, float(apart.classes + apart.boxes)
+                yield name, bits, float(apart.outputs)

@@ -26,6 +26,8 @@ from quantrack.quantization.layers import (
     weight_scale,
 )
 
+EDGE = 0.45  # of a rounding interval, half of which is 0.5
+
 
 class _Round(torch.autograd.Function):
     """Round to nearest; the gradient as if it had not."""
@@ -67,13 +69,13 @@ class TrainableConvolution(nn.Module):
     `set_rounding` replaces the way in which units become integers, which is straight through at first.
     """
 
-    def __init__(self, layer: qnn.QuantConv2d) -> None:
+    def __init__(self, layer: qnn.QuantConv2d, float_weight: Tensor) -> None:
         super().__init__()
         scale = weight_scale(layer)
         self.limit = weight_limit(weight_bits(layer))
         self.scale: Tensor
         self.register_buffer("scale", scale.clone())
-        self.units = nn.Parameter(layer.weight.detach() / scale[:, None, None, None])
+        self.units = nn.Parameter(latent_units(layer.weight.detach(), float_weight.detach(), scale, self.limit))
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias)
@@ -107,12 +109,24 @@ class TrainableConvolution(nn.Module):
         return rounded
 
 
-def trainable_twin(model: nn.Module) -> nn.Module:
+def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Where training starts: the integers that `weight` rounds to, each moved towards the float weight.
+
+    Weights that lie on the grid, as GPTQ leaves them, would all be equally far from changing; those
+    that the float weight speaks against change first.
+    """
+    step = scale[:, None, None, None]
+    integers = torch.round(weight / step)
+    return torch.clamp(float_weight / step, integers - EDGE, integers + EDGE).clamp(-limit, limit)
+
+
+def trainable_twin(model: nn.Module, float_model: nn.Module) -> nn.Module:
     """A copy of a quantized model in which every quantized convolution can be trained."""
     twin = copy.deepcopy(model).requires_grad_(False)
     for name, layer in quantized_layers(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, TrainableConvolution(layer))
+        float_weight: Tensor = float_model.get_submodule(name).weight  # type: ignore[assignment]
+        setattr(twin.get_submodule(parent), child, TrainableConvolution(layer, float_weight))
     return twin
 
 

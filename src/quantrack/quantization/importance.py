@@ -1,0 +1,68 @@
+"""Where in a picture an error of a layer reaches the detections: the positions that matter.
+
+Nearly all positions of a picture are background, whose errors no detection shows. The importance of a
+position is the squared gradient, there, of a random projection of the raw outputs, each weighed by
+how much an error of it moves the score or the box: an estimate of the Gauss-Newton diagonal
+(Hutchinson's; Martens, arXiv:1412.1193, section 8) of what `divergence` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quantrack.detector.heads import RawOutputs, raw_outputs
+from quantrack.quantization.divergence import BOX_SIDES, bins_of
+
+
+def position_importance(
+    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Of each named convolution's output positions, shape [B, H, W], for one batch [B, 3, S, S]."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            found[name] = gradient.square().sum(dim=1)
+
+        def watch_output(module: nn.Module, inputs: object, output: Tensor) -> None:
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
+
+        return watch_output
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        with torch.enable_grad(), raw_outputs(model) as tap:
+            model(pictures.clone().requires_grad_())
+            random_projection(tap.taken(), generator).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def random_projection(outputs: RawOutputs, generator: torch.Generator) -> Tensor:
+    """The sum of all raw outputs, each with a random sign and the weight of its error; a scalar."""
+    terms = []
+    for boxes, classes in zip(outputs.boxes, outputs.classes, strict=True):
+        scores = classes.detach().sigmoid()
+        terms.append((random_signs(classes, generator) * scores * (1 - scores) * classes).sum())
+        weight = scores.amax(dim=1, keepdim=True).sqrt() * box_weight(boxes.detach())
+        terms.append((random_signs(boxes, generator) * weight * boxes).sum())
+    return torch.stack(terms).sum()
+
+
+def box_weight(boxes: Tensor) -> Tensor:
+    """The root of how much each box output [B, 4 * bins, H, W] moves the divergence of its object."""
+    if boxes.shape[1] == BOX_SIDES:
+        return torch.ones_like(boxes)
+    shares = bins_of(boxes).softmax(dim=2)
+    return (shares * (1 - shares)).sqrt().reshape(boxes.shape)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """-1 and 1, drawn on the CPU so that every device draws the same."""
+    drawn = torch.randint(2, like.shape, generator=generator, dtype=torch.float32)
+    return (2 * drawn - 1).to(like.device)

@@ -1,0 +1,226 @@
+"""Steps that walk a real detector block by block, on the embedded demo."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import brevitas.nn as qnn
+import pytest
+import torch
+from brevitas.graph.gptq import gptq_mode
+from torch import Tensor, nn
+
+from quantrack.datasets.calibration import load_calibration_set
+from quantrack.datasets.demo import demo_calibration_list, demo_folder
+from quantrack.detector.blocks import INPUT, network_blocks, run_blocks
+from quantrack.detector.heads import head_levels, raw_outputs
+from quantrack.detector.load import Detector, load_detector
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.quantization.apply import apply_recipe, output_divergence
+from quantrack.quantization.block_walk import ActivationStore, BlockWalk
+from quantrack.quantization.distillation import Distillation
+from quantrack.quantization.divergence import divergence
+from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
+from quantrack.quantization.job import QuantizationJob, new_job
+from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.recipe import CALIBRATED
+from quantrack.quantization.reconstruction import BlockReconstruction
+from quantrack.quantization.sensitivity import LayerTrials, measure_sensitivity, plan_bits
+from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
+from quantrack.schemes import parse_mode
+
+SIDE = 160
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return load_detector("demo", "one2one", SIDE, 0, False)
+
+
+@pytest.fixture
+def job(detector: Detector) -> QuantizationJob:
+    calibration = load_calibration_set(str(demo_calibration_list()), 6, demo_folder(), 0)
+    return replace(new_job(detector, parse_mode("w4a8"), calibration, SIDE, torch.device("cpu")), batch=4)
+
+
+def test_blocks_run_one_by_one_give_the_whole_output(detector: Detector) -> None:
+    blocks = network_blocks(detector.model)
+    pictures = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        expected = detector.model(pictures)
+        torch.testing.assert_close(run_blocks(detector.model, blocks, {INPUT: pictures}), expected)
+
+
+def test_a_model_of_unknown_structure_is_one_block() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    (block,) = network_blocks(model)
+    assert block.holds("0")
+    assert block.sources == (INPUT,)
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 1e-9])
+def test_the_walk_gives_each_block_what_it_gets_in_the_network(job: QuantizationJob, memory_gb: float) -> None:
+    seen: dict[int, list[Tensor]] = {}
+    with BlockWalk(job.float_model, job.batches(), job.device, memory_gb) as walk:
+        for block in walk.blocks:
+            seen[block.index] = [value for batch in range(walk.batch_count) for value in walk.inputs(block, batch)]
+            walk.advance(block)
+        assert not walk.store.kept  # everything was forgotten after its last use
+    expected: list[Tensor] = []
+    handle = walk.model.get_submodule("model.4").register_forward_pre_hook(
+        lambda module, inputs: expected.append(inputs[0])
+    )
+    with torch.no_grad():
+        for batch in job.batches():
+            walk.model(batch)
+    handle.remove()
+    for own, other in zip(seen[4], expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_the_store_spills_to_disk_unrounded() -> None:
+    store = ActivationStore(memory_gb=1e-7)  # 100 bytes
+    small, large = torch.rand(5), torch.rand(1000)
+    store.put((0, 0), small)
+    store.put((0, 1), large)
+    assert list(store.kept) == [(0, 0)]
+    assert torch.equal(store.get((0, 1)), large)
+    store.drop(0)
+    assert store.room == pytest.approx(100)
+    store.close()
+
+
+def test_raw_outputs_are_the_head_convolutions_own(detector: Detector) -> None:
+    levels = head_levels(detector.model)
+    assert len(levels) == 3
+    pictures = torch.rand(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        before = detector.model(pictures)
+        with raw_outputs(detector.model) as tap:
+            detector.model(pictures)
+        raw = tap.taken()
+        assert [tuple(level.shape[2:]) for level in raw.classes] == [(20, 20), (10, 10), (5, 5)]
+        assert all(boxes.shape[1] == 64 for boxes in raw.boxes)
+        assert len(raw.features) == 3
+        torch.testing.assert_close(detector.model(pictures), before)  # decoding is back
+
+
+def test_divergence_of_a_detector_from_itself_is_zero(detector: Detector) -> None:
+    with torch.no_grad(), raw_outputs(detector.model) as tap:
+        detector.model(torch.rand(1, 3, SIDE, SIDE))
+        apart = divergence(tap.taken(), tap.taken())
+    for term in (apart.scores, apart.boxes, apart.features):
+        assert float(term) == pytest.approx(0, abs=1e-5)
+
+
+def test_trainable_twin_computes_what_brevitas_computes(job: QuantizationJob) -> None:
+    apply_recipe(job, CALIBRATED)
+    twin = trainable_twin(job.model, job.float_model)
+    pictures = next(job.batches())
+    with torch.no_grad(), raw_outputs(job.model) as one, raw_outputs(twin) as other:
+        job.model(pictures)
+        twin(pictures)
+        for own, theirs in zip(one.taken().features, other.taken().features, strict=True):
+            assert float((own - theirs).abs().mean()) < 0.03 * float(own.abs().mean())
+    before = {name: layer.quant_weight().value for name, layer in quantized_layers(job.model).items()}
+    take_over(job.model, trainable_layers(twin))
+    for name, layer in quantized_layers(job.model).items():
+        torch.testing.assert_close(layer.quant_weight().value, before[name])
+
+
+def test_learned_rounding_beats_rounding_to_nearest(job: QuantizationJob) -> None:
+    apply_recipe(job, CALIBRATED)
+    before = output_divergence(job)
+    figures = BlockReconstruction(iterations=25).apply(job)
+    after = output_divergence(job)
+    assert figures["error_after"] < figures["error_before"]
+    assert before is not None
+    assert after is not None
+    assert after < before
+    for layer in quantized_layers(job.model).values():
+        torch.testing.assert_close(layer.quant_weight().value, layer.weight)  # on the grid
+
+
+def test_distillation_comes_closer_to_the_float_outputs(job: QuantizationJob) -> None:
+    apply_recipe(job, CALIBRATED)
+    before = output_divergence(job)
+    figures = Distillation(steps=20, batch=2).apply(job)
+    after = output_divergence(job)
+    assert figures["held_back_after"] < figures["held_back_before"]
+    assert before is not None
+    assert after is not None
+    assert after < before
+
+
+def test_distillation_needs_a_picture_to_hold_back(job: QuantizationJob) -> None:
+    apply_recipe(job, CALIBRATED)
+    alone = replace(job, calibration=replace(job.calibration, paths=job.calibration.paths[:1]))
+    with pytest.raises(QuantrackError, match="at least 2 calibration pictures"):
+        Distillation(steps=1).apply(alone)
+
+
+def test_sensitivity_measures_every_layer_and_feeds_the_plan(job: QuantizationJob) -> None:
+    rows = measure_sensitivity(job, LayerTrials(images=2, gptq_images=4))
+    assert len(rows) == 82  # every convolution but DFL's
+    assert sum(row.errors[4] for row in rows) > sum(row.errors[8] for row in rows)
+    plan = plan_bits(job, rows, 4.5)
+    weights = sum(row.weights for row in rows)
+    assert 4.4 < sum(plan.bits[row.name] * row.weights for row in rows) / weights <= 4.5
+    planned = replace(job, plan=plan)
+    reports = apply_recipe(planned, CALIBRATED)
+    assert reports[0].figures["weight_bits_avg"] <= 4.5
+
+
+@pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}])
+def test_trials_refuse_nonsense(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        LayerTrials(**settings)  # type: ignore[arg-type]
+
+
+def test_gptq_is_as_good_as_brevitas_own_at_a_fraction_of_its_passes(job: QuantizationJob) -> None:
+    weight_only = replace(job, scheme=parse_mode("w4a16"))
+    apply_recipe(weight_only, CALIBRATED)
+    theirs = replace(weight_only, model=copy.deepcopy(weight_only.model))
+    Gptq().apply(weight_only)
+    with (
+        torch.no_grad(),
+        gptq_mode(theirs.model, use_quant_activations=False, create_weight_orig=False, act_order=True) as gptq,
+    ):
+        for _ in range(gptq.num_layers):
+            for batch in theirs.batches():
+                gptq.model(batch)
+            gptq.update()
+    own, other = relative_errors(weight_only), relative_errors(theirs)
+    assert sum(own) <= 1.02 * sum(other)
+
+
+def relative_errors(job: QuantizationJob) -> list[float]:
+    """Each layer's squared output error on the float network's inputs, over its output power."""
+    hessians: dict[str, Tensor] = {}
+
+    def collect(name: str, module: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        columns = input_columns(inputs[0], module)
+        hessians[name] = hessians.get(name, torch.zeros(1)) + columns @ columns.transpose(1, 2)
+
+    handles = [
+        job.float_model.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: collect(name, module, inputs)
+        )
+        for name in quantized_layers(job.model)
+    ]
+    with torch.no_grad():
+        for batch in job.batches():
+            job.float_model(batch)
+    for handle in handles:
+        handle.remove()
+    return list(_errors(job, hessians))
+
+
+def _errors(job: QuantizationJob, hessians: dict[str, Tensor]) -> Iterator[float]:
+    for name, layer in quantized_layers(job.model).items():
+        assert isinstance(layer, qnn.QuantConv2d)
+        weight = grouped(job.float_model.get_submodule(name).weight, layer.groups)  # type: ignore[arg-type]
+        quantized = grouped(layer.quant_weight().value.detach(), layer.groups)
+        yield float(
+            channel_errors(weight - quantized, hessians[name]).sum() / channel_errors(weight, hessians[name]).sum()
+        )

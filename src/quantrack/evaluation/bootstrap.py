@@ -8,42 +8,57 @@ time, so a resample only weighs each picture's matches by how often it was drawn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from pycocotools.cocoeval import COCOeval
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import UsageError
-from quantrack.evaluation.coco_metrics import coco_evaluation
+from quantrack.evaluation.coco_metrics import coco_evaluation, drop_points
 from quantrack.evaluation.types import Detection
 from quantrack.progress import track
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+Record = Mapping[str, ArrayLike]  # what pycocotools keeps of one picture and class
 
 
 @dataclass(frozen=True)
 class BootstrapSettings:
-    """How many resamples, how wide an interval, and the seed of the draws."""
+    """How many resamples, which share of them the interval holds, and the seed of the draws.
+
+    Raises:
+        UsageError: no resamples, a confidence outside 0..1 or a negative seed.
+    """
 
     resamples: int = 1000
     confidence: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resamples < 1 or not 0 < self.confidence < 1:
-            raise UsageError("bootstrap: resamples must be positive and confidence in 0..1")
+        if self.resamples < 1:
+            raise UsageError(f"resamples={self.resamples}: must be at least 1")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"confidence={self.confidence}: must lie between 0 and 1, such as 0.95")
+        if self.seed < 0:
+            raise UsageError(f"seed={self.seed}: must not be negative")
 
 
 @dataclass(frozen=True)
 class DropInterval:
-    """An interval for baseline minus candidate, in points of mAP50-95, from so many pictures."""
+    """An interval for baseline minus candidate, in points (hundredths) of mAP50-95.
+
+    Positive where the candidate is worse, as `drop_points`. `resamples` and `pictures` say what it
+    was made of.
+    """
 
     low: float
     high: float
+    resamples: int
     pictures: int
 
     def metrics(self) -> dict[str, float]:
@@ -57,83 +72,159 @@ def paired_drop_interval(
     candidate: Sequence[Detection],
     settings: BootstrapSettings | None = None,
 ) -> DropInterval:
-    """The interval of `drop_points` between two detectors' detections on the same pictures."""
+    """The interval of `drop_points` between two detectors' detections on the same pictures.
+
+    Any two runs on the set can be held against each other. Equal inputs give equal intervals.
+
+    Raises:
+        QuantrackError: a detection belongs to a picture outside the set.
+    """
     settings = settings or BootstrapSettings()
-    sides = [MatchedDetections(evaluation_set, detections) for detections in (baseline, candidate)]
-    generator = np.random.default_rng(settings.seed)
-    pictures = len(evaluation_set.pictures)
-    drops = np.empty(settings.resamples)
-    for index in track(range(settings.resamples), "bootstrap"):
-        times_drawn = np.bincount(generator.integers(pictures, size=pictures), minlength=pictures)
-        drops[index] = 100 * (sides[0].mean_ap(times_drawn) - sides[1].mean_ap(times_drawn))
+    draws = _draws(len(evaluation_set.pictures), settings)
+    most_drawn = int(draws.max())
+    first = MatchedDetections(evaluation_set, baseline, most_drawn)
+    second = MatchedDetections(evaluation_set, candidate, most_drawn)
+    drops = [drop_points(first.mean_ap(drawn), second.mean_ap(drawn)) for drawn in track(draws, "bootstrap")]
     outside = (1 - settings.confidence) / 2
     low, high = np.quantile(drops, [outside, 1 - outside])
-    return DropInterval(float(low), float(high), pictures)
+    return DropInterval(float(low), float(high), settings.resamples, len(evaluation_set.pictures))
+
+
+def _draws(pictures: int, settings: BootstrapSettings) -> Integers:
+    """How often each resample draws each picture, [resamples, pictures]; rows sum to `pictures`."""
+    generator = np.random.default_rng(settings.seed)
+    rows = [generator.integers(pictures, size=pictures) for _ in range(settings.resamples)]
+    return np.stack([np.bincount(row, minlength=pictures) for row in rows])
 
 
 @dataclass(frozen=True)
-class _Threshold:
-    """At one IoU: of the ranked detections, which are hits, and which count at all."""
+class _Ranking:
+    """N detections, class after class, within a class by falling score."""
 
-    hits: Integers
-    hit_class: Integers
-    counted: NDArray[np.bool_]
+    own_class: Integers  # [N]
+    picture: Integers  # [N]
+    score: Floats  # [N]
+    matched: Booleans  # [IoUs, N]
+    ignored: Booleans  # [IoUs, N], neither hit nor miss: found a crowd
+
+    def hits(self) -> Booleans:
+        """Which detections found a box at which IoU, [IoUs, N]."""
+        return self.matched & ~self.ignored
+
+
+@dataclass(frozen=True)
+class _Level:
+    """At one IoU, where in the ranking the H hits are and what was ignored before them."""
+
+    hits: Integers  # [H], rising
+    own_class: Integers  # [H], rising
+    ends: Integers  # [classes], hits up to and with this class
+    ignored: Integers  # places, rising
+    ignored_before: Integers  # [H], how many of `ignored` lie before the hit
+    ignored_before_class: Integers  # [H], and before the hit's class
 
 
 class MatchedDetections:
-    """One detector's detections on a set, matched once; classes without truth are left out."""
+    """One detector's detections on a set, matched once; classes without truth are left out.
 
-    def __init__(self, evaluation_set: EvaluationSet, detections: Sequence[Detection]) -> None:
-        evaluation = coco_evaluation(evaluation_set, detections)
-        self.recalls = np.asarray(evaluation.params.recThrs, dtype=np.float64)
-        self.truths = _truth_counts(evaluation)  # [classes, pictures]
-        with_truth = np.flatnonzero(self.truths.sum(axis=1))
-        self.truths = self.truths[with_truth]
-        ranked = [_ranked(evaluation, int(index)) for index in with_truth]
-        self.picture = np.concatenate([picture for picture, _, _ in ranked] or [np.empty(0, np.int64)])
-        sizes = np.array([len(picture) for picture, _, _ in ranked], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64)
-        own_class = np.repeat(np.arange(len(with_truth)), sizes)
-        self.thresholds = []
-        for level in range(len(evaluation.params.iouThrs)):
-            matched = np.concatenate([matches[level] for _, matches, _ in ranked] or [np.empty(0, bool)])
-            counted = ~np.concatenate([ignored[level] for _, _, ignored in ranked] or [np.empty(0, bool)])
-            hits = np.flatnonzero(matched & counted)
-            self.thresholds.append(_Threshold(hits, own_class[hits], counted))
+    `most_drawn` is how often a picture may count at most. Pictures are in the order of their ids.
+
+    Raises:
+        QuantrackError: a detection belongs to a picture outside the set.
+    """
+
+    def __init__(self, evaluation_set: EvaluationSet, detections: Sequence[Detection], most_drawn: int) -> None:
+        evaluation = coco_evaluation(evaluation_set, detections, every_size=False)
+        truths = _truth_counts(evaluation)
+        with_truth = np.flatnonzero(truths.sum(axis=1))
+        ranking = _ranking(evaluation, with_truth)
+        source, self._copy, self._tied = _copies(ranking, most_drawn)
+        own_class = ranking.own_class[source]
+        self.most_drawn = most_drawn
+        self._recalls = np.asarray(evaluation.params.recThrs, dtype=np.float64)
+        self._truths = truths[with_truth]
+        self._picture = ranking.picture[source]
+        self._starts = np.searchsorted(own_class, np.arange(len(with_truth)))
+        hits, ignored = ranking.hits()[:, source], ranking.ignored[:, source]
+        self._levels = [self._level(*marks, own_class) for marks in zip(hits, ignored, strict=True)]
 
     def mean_ap(self, times_drawn: Integers) -> float:
-        """mAP50-95 where picture i counts `times_drawn[i]` times; 0 where no truth was drawn."""
-        truths = self.truths @ times_drawn
+        """mAP50-95 (0..1) where picture i counts `times_drawn[i]` times; 0 where no truth was drawn.
+
+        Raises:
+            ValueError: a picture counts more often than `most_drawn`.
+        """
+        if times_drawn.max() > self.most_drawn:
+            raise ValueError(f"a picture was drawn {times_drawn.max()} times; at most {self.most_drawn} were announced")
+        truths = self._truths @ times_drawn
         present = truths > 0
         if not present.any():
             return 0.0
-        weights = times_drawn[self.picture]
-        needed = _hits_needed(truths, self.recalls)
-        means = [self._precision(level, weights, needed)[present].mean() for level in self.thresholds]
+        drawn = times_drawn[self._picture]
+        weights = np.where(self._tied, drawn > self._copy, drawn)
+        needed = _hits_needed(truths, self._recalls)
+        seen = _sums_before(weights)
+        means = [self._precision(level, weights, seen, needed)[present].mean() for level in self._levels]
         return float(np.mean(means))
 
-    def _precision(self, level: _Threshold, weights: Integers, needed: Integers) -> Floats:
+    def _level(self, hits: Booleans, ignored: Booleans, own_class: Integers) -> _Level:
+        places, ignored_places = np.flatnonzero(hits), np.flatnonzero(ignored)
+        hit_class = own_class[places]
+        return _Level(
+            hits=places,
+            own_class=hit_class,
+            ends=np.searchsorted(hit_class, np.arange(len(self._starts)), side="right"),
+            ignored=ignored_places,
+            ignored_before=np.searchsorted(ignored_places, places),
+            ignored_before_class=np.searchsorted(ignored_places, self._starts[hit_class]),
+        )
+
+    def _precision(self, level: _Level, weights: Integers, seen: Integers, needed: Integers) -> Floats:
         """Interpolated precision [classes, recalls]: the best at this recall or a higher one.
 
-        Only hits matter, as precision peaks at hits. Hits are summed over all classes in one run, so
-        that one search finds the place of every class and recall.
+        Only hits matter, as precision peaks at hits, and of a hit's copies the last has the best.
+        Hits are summed over all classes in one run, so that one search finds the place of every
+        class and recall.
         """
-        classes = len(needed)
         if len(level.hits) == 0:
             return np.zeros(needed.shape)
-        hits = np.cumsum(weights[level.hits])
-        counted = np.concatenate([[0], np.cumsum(weights * level.counted)])
-        ends = np.searchsorted(level.hit_class, np.arange(classes), side="right")
-        hits_before = np.concatenate([[0], hits])[np.concatenate([[0], ends[:-1]])]
-        own_hits = hits - hits_before[level.hit_class]
-        own_counted = counted[level.hits + 1] - counted[self.starts][level.hit_class]
-        precision = own_hits / (own_hits + (own_counted - own_hits) + np.spacing(1))
+        hits = _sums_before(weights[level.hits])
+        ignored = _sums_before(weights[level.ignored])
+        hits_before = hits[np.concatenate([[0], level.ends[:-1]])]
+        own_hits = hits[1:] - hits_before[level.own_class]
+        own_seen = seen[level.hits + 1] - seen[self._starts[level.own_class]]
+        own_ignored = ignored[level.ignored_before] - ignored[level.ignored_before_class]
+        precision = own_hits / (own_seen - own_ignored + np.spacing(1))
         # best so far from the right within each class: offsets keep the classes apart
-        offset = 2.0 * (classes - 1 - level.hit_class)
+        offset = 2.0 * (len(needed) - 1 - level.own_class)
         best = np.maximum.accumulate((precision + offset)[::-1])[::-1] - offset
-        place = np.searchsorted(hits, hits_before[:, None] + needed, side="left")
-        reached = place < ends[:, None]
+        place = np.searchsorted(hits[1:], hits_before[:, None] + needed, side="left")
+        reached = place < level.ends[:, None]
         return np.where(reached, best[np.minimum(place, len(best) - 1)], 0.0)
+
+
+def _copies(ranking: _Ranking, most_drawn: int) -> tuple[Integers, Integers, Booleans]:
+    """Which detection stands at each place, as which copy, and whether each copy has its own place.
+
+    Detections a, b of one picture with equal scores stand as a b a b where the picture is drawn
+    twice, so a weight (a a b b) would be wrong where one of them is a hit. They get `most_drawn`
+    places each, in that order; all others one place with a weight.
+    """
+    columns = (ranking.own_class, ranking.picture, ranking.score)
+    same = np.logical_and.reduce([column[1:] == column[:-1] for column in columns])
+    group = _sums_before(~same)[: len(ranking.score)]
+    with_hit = np.bincount(group, weights=ranking.hits().any(axis=0)) > 0
+    tied = (with_hit & (np.bincount(group) > 1))[group]
+    copies = np.where(tied, most_drawn, 1)
+    source = np.repeat(np.arange(len(group)), copies)
+    copy = np.arange(len(source)) - _sums_before(copies)[source]
+    order = np.lexsort((source, copy, group[source]))
+    return source[order], copy[order], tied[source[order]]
+
+
+def _sums_before(values: Integers | Booleans) -> Integers:
+    """Sums of the first 0, 1 ... N values, [N + 1]."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
 
 
 def _hits_needed(truths: Integers, recalls: Floats) -> Integers:
@@ -145,34 +236,51 @@ def _hits_needed(truths: Integers, recalls: Floats) -> Integers:
     return np.maximum(needed, 1)
 
 
-def _truth_counts(evaluation: Any) -> Integers:  # noqa: ANN401 - pycocotools is untyped
+def _truth_counts(evaluation: COCOeval) -> Integers:
     """How many boxes of each class and picture count, [classes, pictures]."""
-    classes, pictures = len(evaluation.params.catIds), len(evaluation.params.imgIds)
-    counts = np.zeros((classes, pictures), dtype=np.int64)
-    for index in range(classes):
-        for picture, found in enumerate(_class_records(evaluation, index)):
-            if found is not None:
-                counts[index, picture] = np.count_nonzero(np.asarray(found["gtIgnore"]) == 0)
-    return counts
+    rows = [_class_records(evaluation, index) for index in range(len(evaluation.params.catIds))]
+    counts = [[0 if one is None else np.count_nonzero(np.equal(one["gtIgnore"], 0)) for one in row] for row in rows]
+    return np.array(counts, dtype=np.int64).reshape(len(rows), -1)
 
 
-def _ranked(evaluation: Any, index: int) -> tuple[Integers, NDArray[np.bool_], NDArray[np.bool_]]:  # noqa: ANN401
-    """One class's detections by falling score: picture [N], matched and ignored [IoUs, N]."""
-    levels = len(evaluation.params.iouThrs)
+def _ranking(evaluation: COCOeval, classes: Integers) -> _Ranking:
+    parts = [_class_ranking(evaluation, int(index), place) for place, index in enumerate(classes)]
+    parts = parts or [_no_ranking(len(evaluation.params.iouThrs))]
+    return _Ranking(
+        own_class=np.concatenate([part.own_class for part in parts]),
+        picture=np.concatenate([part.picture for part in parts]),
+        score=np.concatenate([part.score for part in parts]),
+        matched=np.concatenate([part.matched for part in parts], axis=1),
+        ignored=np.concatenate([part.ignored for part in parts], axis=1),
+    )
+
+
+def _class_ranking(evaluation: COCOeval, index: int, place: int) -> _Ranking:
+    """One class's detections, sorted as pycocotools sorts them: equal scores stay in picture order."""
     found = [(picture, one) for picture, one in enumerate(_class_records(evaluation, index)) if one is not None]
     if not found:
-        return np.empty(0, np.int64), np.empty((levels, 0), bool), np.empty((levels, 0), bool)
+        return _no_ranking(len(evaluation.params.iouThrs))
     scores = np.concatenate([np.asarray(one["dtScores"], dtype=np.float64) for _, one in found])
+    pictures = np.concatenate([np.full(np.size(one["dtScores"]), picture) for picture, one in found])
+    matched = np.concatenate([np.greater(one["dtMatches"], 0) for _, one in found], axis=1)
+    ignored = np.concatenate([np.greater(one["dtIgnore"], 0) for _, one in found], axis=1)
     order = np.argsort(-scores, kind="mergesort")
-    pictures = np.concatenate([np.full(len(one["dtScores"]), picture) for picture, one in found])
-    matched = np.concatenate([np.asarray(one["dtMatches"]) > 0 for _, one in found], axis=1)
-    ignored = np.concatenate([np.asarray(one["dtIgnore"]) > 0 for _, one in found], axis=1)
-    return pictures[order].astype(np.int64), matched[:, order], ignored[:, order]
+    return _Ranking(
+        own_class=np.full(len(scores), place, dtype=np.int64),
+        picture=pictures[order].astype(np.int64),
+        score=scores[order],
+        matched=matched[:, order],
+        ignored=ignored[:, order],
+    )
 
 
-def _class_records(evaluation: Any, index: int) -> list[Any]:  # noqa: ANN401
-    """pycocotools' records of one class in all pictures, boxes of every size."""
-    pictures, sizes = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
-    start = index * sizes * pictures
-    records: list[Any] = evaluation.evalImgs[start : start + pictures]
+def _no_ranking(levels: int) -> _Ranking:
+    none, no_marks = np.empty(0, dtype=np.int64), np.empty((levels, 0), dtype=np.bool_)
+    return _Ranking(none, none, np.empty(0), no_marks, no_marks)
+
+
+def _class_records(evaluation: COCOeval, index: int) -> Sequence[Record | None]:
+    """pycocotools' records of one class in all pictures; None where a picture has nothing of it."""
+    pictures = len(evaluation.params.imgIds)
+    records: list[Record | None] = evaluation.evalImgs[index * pictures : (index + 1) * pictures]
     return records

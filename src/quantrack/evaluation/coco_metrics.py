@@ -64,8 +64,13 @@ def evaluate_coco(evaluation_set: EvaluationSet, detections: Sequence[Detection]
     )
 
 
-def coco_evaluation(evaluation_set: EvaluationSet, detections: Sequence[Detection]) -> COCOeval:
+def coco_evaluation(
+    evaluation_set: EvaluationSet, detections: Sequence[Detection], every_size: bool = True
+) -> COCOeval:
     """pycocotools' evaluation of the set with detections matched to the truth, not yet accumulated.
+
+    Without `every_size` boxes are matched once, whatever their size, in a quarter of the time and
+    memory; such an evaluation has no metrics by size.
 
     Raises:
         QuantrackError: a detection belongs to a picture outside the set.
@@ -79,6 +84,8 @@ def coco_evaluation(evaluation_set: EvaluationSet, detections: Sequence[Detectio
         )
     with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(_ground_truth(evaluation_set), _results(evaluation_set, detections), "bbox")
+        if not every_size:
+            evaluation.params.areaRng = [evaluation.params.areaRng[ALL_SIZES]]
         evaluation.evaluate()
     return evaluation
 

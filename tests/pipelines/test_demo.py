@@ -95,7 +95,10 @@ def test_model_is_logged_with_its_metrics(ptq_run: Run, shared_store: Path) -> N
     assert {metric.key for metric in mine[0].metrics} >= {"mAP50-95", "latency_ms_p50"}
 
 
-def test_same_command_twice_gives_the_same_metrics(ptq_run: Run, shared_store: Path) -> None:
+def test_same_command_twice_gives_the_same_metrics(
+    ptq_run: Run, shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))  # no step of the first run may be reused
     done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w4a8")
     assert done.returncode == 0, done.stderr
     again = named(shared_store, "ptq-w4a8-default-yolov10n-demo")

@@ -38,7 +38,7 @@ def ptq(settings: PtqSettings) -> None:
     log_settings(settings, f"ptq-{scheme.name}-{recipe.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
 
-    job = new_job(detector, scheme, calibration, settings.imgsz, device)
+    job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
     if settings.plan:
         job.plan = fetch_plan(settings.plan)
     elif settings.avg_bits:
@@ -46,7 +46,7 @@ def ptq(settings: PtqSettings) -> None:
         job.plan = plan_bits(job, rows, settings.avg_bits)
     log_recipe(recipe)
     reports = apply_recipe(job, recipe.steps, log_step)
-    quantized = log_quantization(job, settings.seed, reports)
+    quantized = log_quantization(job, reports)
 
     facts = detector_facts(detector, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"])
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
     log_settings(settings, f"sensitivity-{scheme.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
 
-    job = new_job(detector, scheme, calibration, settings.imgsz, device)
+    job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
     trials = LayerTrials(bits=(scheme.weight_bits, 8))
     if settings.measure == "mAP":
         score = partial(

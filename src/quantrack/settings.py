@@ -95,6 +95,11 @@ class PtqSettings(SharedSettings):
         scheme = parse_mode(self.mode)
         parse_recipe(self.recipe)
         _require(not (self.plan and self.avg_bits), f"avg_bits={self.avg_bits}: the plan has its own bits; give one")
+        if self.plan:
+            _require(
+                scheme.weight_bits < 8,
+                f"plan={self.plan}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
+            )
         if self.avg_bits:
             _require_budget(self.avg_bits, scheme)
 

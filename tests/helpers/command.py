@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import mlflow
+from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +22,19 @@ class Done:
 
 def use_store(folder: Path) -> None:
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+
+
+def newest_run(folder: Path, entry_point: str) -> Run:
+    """The last run of an entry point in the store of `folder`."""
+    use_store(folder)
+    run = mlflow.search_runs(
+        filter_string=f"tags.entry_point = '{entry_point}'",
+        output_format="list",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )[0]
+    assert isinstance(run, Run)
+    return run
 
 
 def run_pipeline(folder: Path, name: str, *options: str) -> Done:

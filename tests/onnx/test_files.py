@@ -14,8 +14,9 @@ from quantrack.errors import QuantrackError
 from quantrack.onnx.export import OPSET
 from quantrack.onnx.files import ExportedFiles, export_float_files, export_quantized_files
 from quantrack.onnx.inspect import ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
+from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import QuantizationJob, new_job
-from quantrack.quantization.recipe import RECIPES, apply_recipe
+from quantrack.quantization.recipe import RECIPES
 from quantrack.schemes import parse_mode
 
 SIZE = 64
@@ -27,7 +28,7 @@ def facts_of(detector: Detector, mode: str) -> ModelFacts:
 
 def quantized(detector: Detector, mode: str, recipe: str, root: Path) -> QuantizationJob:
     calibration = load_calibration_set("random", 2, root, seed=0)
-    job = new_job(detector, parse_mode(mode), calibration, SIZE, torch.device("cpu"))
+    job = new_job(detector, parse_mode(mode), calibration, SIZE, torch.device("cpu"), seed=0)
     apply_recipe(job, RECIPES[recipe])
     return job
 

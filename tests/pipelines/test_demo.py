@@ -12,6 +12,7 @@ from mlflow.entities import Run
 DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
 METRICS = {
     "mAP50-95", "mAP50", "mAP75", "mAP50-95_small", "mAP50-95_medium", "mAP50-95_large", "AR100", "mAP50-95_drop",
+    "mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high",
     "latency_ms_mean", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "nodes_QuantizeLinear",
     "nodes_DequantizeLinear", "nodes_Clip", "nodes_Conv", "nodes_total", "weight_bits_avg", "onnx_mb",
     "parity_mean_abs", "parity_max_abs", "quantize_seconds", "eval_seconds",
@@ -113,7 +114,14 @@ def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_sto
     done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri)
     assert done.returncode == 0, done.stderr
     scored = named(shared_store, "evaluate-w4a8-yolov10n-demo")
-    for name in ("mAP50-95", "AR100", "mAP50-95_drop", "weight_bits_avg"):
+    for name in (
+        "mAP50-95",
+        "AR100",
+        "mAP50-95_drop",
+        "mAP50-95_drop_ci_low",
+        "mAP50-95_drop_ci_high",
+        "weight_bits_avg",
+    ):
         assert scored.data.metrics[name] == pytest.approx(ptq_run.data.metrics[name]), name
     assert "parity_mean_abs" not in scored.data.metrics
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import mlflow
 import pytest
-from command import ROOT, run_pipeline, use_store
+from command import ROOT, newest_run, run_pipeline
 from mlflow.entities import Run
 
 pytestmark = pytest.mark.real
@@ -27,12 +26,7 @@ def measure(real_inputs: Path, store: Path, entry_point: str, *options: str) -> 
         "--calib-images", CALIBRATION, "--latency-runs", "10", *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    use_store(store)
-    newest = ["attributes.start_time DESC"]
-    found = mlflow.search_runs(
-        filter_string=f"tags.entry_point = '{entry_point}'", output_format="list", max_results=1, order_by=newest
-    )[0]
-    assert isinstance(found, Run)
+    found = newest_run(store, entry_point)
     assert found.info.status == "FINISHED"
     return found
 

@@ -18,6 +18,11 @@ CASES = {
     "recipe file": (("--recipe", "gone.yaml"), 2, "recipe=gone.yaml: cannot be read"),
     "budget": (("--avg-bits", "3.5"), 2, "avg_bits=3.5: must lie between 4 and 8"),
     "budget text": (("--avg-bits", "few"), 2, "avg_bits=few: not a number"),
+    "plan of 4 bits": (
+        ("--plan", "plan.json", "--mode", "w8a8"),
+        2,
+        "plan=plan.json: w8a8 has 8-bit weights throughout",
+    ),
     "plan": (("--plan", "gone.json"), 1, "plan=gone.json: no such file"),
     "plan run": (("--plan", "runs:/0123/plan.json"), 1, "plan=runs:/0123/plan.json: MLflow cannot fetch it"),
     "head": (("--head", "two2two"), 2, "head=two2two: unknown head"),
@@ -38,7 +43,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_clear_line(case: str, shared_store: Path) -> None:
     options, code, message = CASES[case]
-    defaults = {"--model": "demo", "--data-root": "demo"} | dict([options])
+    defaults = {"--model": "demo", "--data-root": "demo"} | dict(zip(options[::2], options[1::2], strict=True))
     done = run_pipeline(shared_store, "ptq", *[part for pair in defaults.items() for part in pair])
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -5,29 +5,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from command import run_pipeline, use_store
+from command import newest_run, run_pipeline
 from mlflow.entities import Run
 
 DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--latency-runs", "3")
-
-
-def newest(folder: Path, entry_point: str) -> Run:
-    use_store(folder)
-    run = mlflow.search_runs(
-        filter_string=f"tags.entry_point = '{entry_point}'",
-        output_format="list",
-        max_results=1,
-        order_by=["attributes.start_time DESC"],
-    )[0]
-    assert isinstance(run, Run)
-    return run
 
 
 @pytest.fixture(scope="module")
 def sensitivity_run(shared_store: Path) -> Run:
     done = run_pipeline(shared_store, "sensitivity", *DEMO, "--avg-bits", "4.4")
     assert done.returncode == 0, done.stderr
-    return newest(shared_store, "sensitivity")
+    return newest_run(shared_store, "sensitivity")
 
 
 def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
@@ -44,7 +32,7 @@ def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
     plan = f"runs:/{sensitivity_run.info.run_id}/plan.json"
     done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--plan", plan)
     assert done.returncode == 0, done.stderr
-    run = newest(shared_store, "ptq")
+    run = newest_run(shared_store, "ptq")
     assert run.data.metrics["weight_bits_avg"] == pytest.approx(sensitivity_run.data.metrics["weight_bits_avg"])
     used = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/plan.json"))
     assert used == json.loads(mlflow.artifacts.load_text(plan))
@@ -53,7 +41,7 @@ def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
 def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
     done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--avg-bits", "4.5")
     assert done.returncode == 0, done.stderr
-    assert 4.4 < newest(shared_store, "ptq").data.metrics["weight_bits_avg"] <= 4.5
+    assert 4.4 < newest_run(shared_store, "ptq").data.metrics["weight_bits_avg"] <= 4.5
 
 
 def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
@@ -65,7 +53,7 @@ def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
     )
     done = run_pipeline(shared_store, "ptq", *DEMO, "--imgsz", "160", "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr
-    run = newest(shared_store, "ptq")
+    run = newest_run(shared_store, "ptq")
     assert run.info.run_name == "ptq-w4a8-learned-yolov10n-demo"
     assert run.data.tags["recipe"] == "learned"
     metrics = run.data.metrics

@@ -22,8 +22,8 @@ from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
 from quantrack.quantization.job import QuantizationJob, new_job
-from quantrack.quantization.layers import quantized_layers
-from quantrack.quantization.recipe import CALIBRATED
+from quantrack.quantization.layers import quantized_layers, weight_bits
+from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.sensitivity import LayerTrials, measure_sensitivity, plan_bits
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
@@ -40,7 +40,7 @@ def detector() -> Detector:
 @pytest.fixture
 def job(detector: Detector) -> QuantizationJob:
     calibration = load_calibration_set(str(demo_calibration_list()), 6, demo_folder(), 0)
-    return replace(new_job(detector, parse_mode("w4a8"), calibration, SIDE, torch.device("cpu")), batch=4)
+    return replace(new_job(detector, parse_mode("w4a8"), calibration, SIDE, torch.device("cpu"), seed=0), batch=4)
 
 
 def test_blocks_run_one_by_one_give_the_whole_output(detector: Detector) -> None:
@@ -169,6 +169,9 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(job: QuantizationJo
     planned = replace(job, plan=plan)
     reports = apply_recipe(planned, CALIBRATED)
     assert reports[0].figures["weight_bits_avg"] <= 4.5
+    naive = replace(job, model=copy.deepcopy(job.float_model), plan=plan)  # a recipe that quantizes DFL as well
+    apply_recipe(naive, RECIPES["naive"])
+    assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
 
 
 @pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}])
@@ -191,7 +194,7 @@ def test_gptq_is_as_good_as_brevitas_own_at_a_fraction_of_its_passes(job: Quanti
                 gptq.model(batch)
             gptq.update()
     own, other = relative_errors(weight_only), relative_errors(theirs)
-    assert sum(own) <= 1.02 * sum(other)
+    assert sum(own) <= sum(other)
 
 
 def relative_errors(job: QuantizationJob) -> list[float]:

@@ -115,8 +115,8 @@ def test_gptq_in_several_looks_gives_the_same(make_job: MakeJob) -> None:
     assert len(list(Gptq(memory_gb=1e-9).chunks(quantized_layers(many.model)))) == 3
     Gptq(positions=10**9).apply(one)
     Gptq(positions=10**9, memory_gb=1e-9).apply(many)
-    first = "model.0"
-    torch.testing.assert_close(one.model.get_submodule(first).weight, many.model.get_submodule(first).weight)
+    for name, layer in quantized_layers(one.model).items():
+        torch.testing.assert_close(layer.weight, quantized_layers(many.model)[name].weight)
 
 
 def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
@@ -144,6 +144,18 @@ def test_same_seed_same_weights(make_job: MakeJob) -> None:
         apply_recipe(job, RECIPES["default"])
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
+
+
+def test_another_seed_draws_otherwise(make_job: MakeJob) -> None:
+    first, second = make_job("w4a8"), make_job("w4a8")
+    second.seed = 1
+    for job in (first, second):
+        prepared(job)
+        Gptq(positions=64).apply(job)
+    weights = [
+        torch.cat([layer.weight.flatten() for layer in quantized_layers(job.model).values()]) for job in (first, second)
+    ]
+    assert not torch.equal(*weights)
 
 
 def test_unknown_recipe() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from quantrack.detector.environment import prepare
+
+Branches = Sequence[nn.Sequential]  # one a level, its last module the output convolution
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,24 @@ def head_levels(model: nn.Module) -> tuple[HeadLevel, ...]:
 
     Call it after BatchNorm is folded, when only the chosen head is left.
     """
+    prepare()
+    from ultralytics.nn.modules import Detect
+
     layers = getattr(model, "model", None)
-    head = layers[-1] if isinstance(layers, nn.Sequential) else None
-    boxes, classes = _active_branches(head)
+    if not isinstance(layers, nn.Sequential) or not isinstance(layers[-1], Detect):
+        return ()
     names = {id(module): name for name, module in model.named_modules()}
     return tuple(
-        HeadLevel(names[id(cast("nn.Sequential", box)[-1])], names[id(cast("nn.Sequential", cls)[-1])])
-        for box, cls in zip(boxes, classes, strict=True)
+        HeadLevel(names[id(box[-1])], names[id(classes[-1])])
+        for box, classes in zip(*_active_branches(layers[-1]), strict=True)
     )
 
 
-def _active_branches(head: nn.Module | None) -> tuple[nn.ModuleList | list[nn.Module], nn.ModuleList | list[nn.Module]]:
-    for box, cls in (("one2one_cv2", "one2one_cv3"), ("cv2", "cv3")):
-        boxes, classes = getattr(head, box, None), getattr(head, cls, None)
-        if boxes is not None and classes is not None:
-            return boxes, classes
-    return [], []
+def _active_branches(head: nn.Module) -> tuple[Branches, Branches]:
+    """Box and class branches that fusion left; which pair it is depends on the head chosen."""
+    pairs = (("one2one_cv2", "one2one_cv3"), ("cv2", "cv3"))
+    left = [(getattr(head, box, None), getattr(head, classes, None)) for box, classes in pairs]
+    return next((boxes, classes) for boxes, classes in left if boxes is not None and classes is not None)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import cast
 
 from torch import nn
 
 from quantrack.detector.environment import prepare
+from quantrack.detector.heads import head_levels
 
 
 class Role(Enum):
@@ -22,7 +22,10 @@ class Role(Enum):
 
 
 def convolution_roles(model: nn.Module) -> dict[str, Role]:
-    """The role of every convolution, quantized or not, by module name in module order."""
+    """The role of every convolution, quantized or not, by module name in module order.
+
+    Call it after BatchNorm is folded, when only the chosen head is left.
+    """
     prepare()
     from ultralytics.nn.modules import DFL, Attention
 
@@ -32,7 +35,7 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
     first = convolutions[0][1]
     in_dfl = _convolutions_inside(model, (DFL,))
     in_attention = _convolutions_inside(model, _attention_kinds(Attention))
-    outputs = head_output_names(model)
+    outputs = {name for level in head_levels(model) for name in (level.boxes, level.classes)}
 
     def role(name: str, module: nn.Conv2d) -> Role:
         if module is first:
@@ -46,30 +49,6 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
         return Role.ATTENTION if id(module) in in_attention else Role.BODY
 
     return {name: role(name, module) for name, module in convolutions}
-
-
-def head_output_names(model: nn.Module) -> frozenset[str]:
-    """The last convolution of each branch of the detection head, by module name.
-
-    Call it after BatchNorm is folded: until then both heads are there, and both count.
-    """
-    prepare()
-    from ultralytics.nn.modules import Detect
-
-    outputs = {
-        id(cast("nn.Sequential", branch)[-1])
-        for head in model.modules()
-        if isinstance(head, Detect)
-        for branches in _active_branches(head)
-        for branch in branches
-    }
-    return frozenset(name for name, module in model.named_modules() if id(module) in outputs)
-
-
-def _active_branches(head: nn.Module) -> list[nn.ModuleList]:
-    """Box and class branches that fusion left; which pair it is depends on the head chosen."""
-    names = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
-    return [branches for name in names if (branches := getattr(head, name, None)) is not None]
 
 
 def _attention_kinds(attention: type[nn.Module]) -> tuple[type[nn.Module], ...]:

@@ -1,9 +1,9 @@
 """Step: train the quantized detector to repeat the float detector's outputs; no labels needed.
 
-Weights, biases and scales learn together through straight-through estimators, on the calibration
-pictures, flipped and resized at random. The best state is chosen on calibration pictures held back
-from training. References: Hinton et al. (arXiv:1503.02531); LSQ (arXiv:1902.08153); LLM-QAT
-(arXiv:2305.17888) for label-free distillation of a quantized network from itself.
+Weights, biases and weight scales learn together through straight-through estimators, on the
+calibration pictures, flipped and resized at random. The best state is chosen on calibration pictures
+held back from training. References: Hinton et al. (arXiv:1503.02531); LLM-QAT (arXiv:2305.17888) for
+label-free distillation of a quantized network from itself.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Distillation:
     ten checks, the start included. `mixed_precision` computes convolutions in bfloat16.
     """
 
-    steps: int = 600
+    steps: int = 240
     batch: int = 4
-    learning_rate: float = 0.002
-    scale_rate: float = 0.001
-    bias_rate: float = 0.001
+    learning_rate: float = 0.0005
+    scale_rate: float = 0.0003
+    bias_rate: float = 0.0003
     feature_weight: float = 1.0
     smallest_zoom: float = 0.6
     largest_zoom: float = 1.4
     mixed_precision: bool = True
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or min(self.learning_rate, self.scale_rate, self.bias_rate) <= 0:
@@ -61,11 +60,11 @@ class Distillation:
             raise QuantrackError(
                 "distillation: the model has no detection head that Quantrack knows; leave the step out"
             )
-        training, held_back = self.split(len(job.calibration.paths))
+        training, held_back = split(len(job.calibration.paths), job.seed)
         twin = trainable_twin(job.model, job.float_model)
         optimizer = torch.optim.Adam(self.parameter_groups(twin), betas=(0.9, 0.99))
         rates = [group["lr"] for group in optimizer.param_groups]
-        draw = random.Random(self.seed)
+        draw = random.Random(job.seed)
         with raw_outputs(twin) as own, raw_outputs(job.float_model) as other:
             pair = _Pair(twin, own, job.float_model, other, self.feature_weight)
             start = least = self.held_back_loss(job, pair, held_back)
@@ -81,20 +80,6 @@ class Distillation:
         twin.load_state_dict(best)
         take_over(job.model, trainable_layers(twin))
         return {"held_back_before": start, "held_back_after": least, "best_step": float(best_step)}
-
-    def split(self, count: int) -> tuple[list[int], list[int]]:
-        """Indices of the pictures to train on and of those held back, one in ten but at least one.
-
-        Raises:
-            QuantrackError: there is only one picture.
-        """
-        if count < 2:
-            raise QuantrackError(
-                "distillation: needs at least 2 calibration pictures, to hold one back; set calib_images"
-            )
-        order = random.Random(self.seed).sample(range(count), count)
-        held = max(1, count // 10)
-        return sorted(order[held:]), sorted(order[:held])
 
     def parameter_groups(self, twin: nn.Module) -> list[dict[str, object]]:
         """One group a parameter, as units of an 8-bit grid are finer than those of a 4-bit one."""
@@ -151,6 +136,19 @@ class _Pair:
             self.teacher(pictures)
         self.student(pictures)
         return divergence(self.own.taken(), self.other.taken()).total(self.feature_weight)
+
+
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the pictures to train on and of those held back, one in ten but at least one.
+
+    Raises:
+        QuantrackError: there is only one picture.
+    """
+    if count < 2:
+        raise QuantrackError("distillation: needs at least 2 calibration pictures, to hold one back; set calib_images")
+    order = random.Random(seed).sample(range(count), count)
+    held = max(1, count // 10)
+    return sorted(order[held:]), sorted(order[:held])
 
 
 def schedule(step: int, steps: int) -> float:

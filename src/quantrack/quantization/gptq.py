@@ -63,7 +63,6 @@ class Gptq:
     damping: float = 0.01
     block: int = 128
     memory_gb: float = 2.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.positions < 1 or self.block < 1 or not 0 < self.damping < 1 or self.memory_gb <= 0:
@@ -153,7 +152,7 @@ class _Positions:
 
     def __init__(self, settings: Gptq, job: QuantizationJob) -> None:
         self.settings = settings
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(job.seed)
         self.importance: list[dict[str, Tensor]] = []
         if settings.importance_share > 0 and head_levels(job.float_model):
             names = list(quantized_layers(job.model))

@@ -45,13 +45,16 @@ class InsertQuantizers:
     def plan(self, job: QuantizationJob) -> dict[str, LayerPlan]:
         """The bits of every convolution that is quantized at all."""
         activation = self.activation if job.scheme.activation_bits is not None else None
-        roles = {n: role for n, role in convolution_roles(job.model).items() if role not in self.float_roles}
+        roles = convolution_roles(job.model)
         if job.plan is not None:
-            job.plan.require_fits(job.model_digest, list(roles))
-            return {name: LayerPlan(job.plan.bits[name], activation) for name in roles}
+            # a plan never holds DFL's fixed weights, whatever the recipe does with them
+            names = [name for name, role in roles.items() if role is not Role.DFL]
+            job.plan.require_fits(job.model_digest, names)
+            return {name: LayerPlan(job.plan.bits[name], activation) for name in names}
         return {
             name: LayerPlan(8 if role in self.roles_at_8_bits else job.scheme.weight_bits, activation)
             for name, role in roles.items()
+            if role not in self.float_roles
         }
 
 

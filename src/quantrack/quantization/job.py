@@ -29,7 +29,8 @@ class ActivationStatistics:
 class QuantizationJob:
     """The state that a recipe's steps hand on. `float_model` is never changed.
 
-    `plan` gives each convolution's weight bits, where roles are not to decide them.
+    `seed` is that of every random draw of the steps; `plan` gives each convolution's weight bits, where
+    roles are not to decide them.
     """
 
     float_model: nn.Module
@@ -40,6 +41,7 @@ class QuantizationJob:
     device: torch.device
     model_digest: str = ""
     head: str = ""
+    seed: int = 0
     plan: BitPlan | None = None
     batch: int = 8
     statistics: Mapping[str, ActivationStatistics] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Step(Protocol):
 
 
 def new_job(
-    detector: Detector, scheme: Scheme, calibration: CalibrationSet, imgsz: int, device: torch.device
+    detector: Detector, scheme: Scheme, calibration: CalibrationSet, imgsz: int, device: torch.device, seed: int
 ) -> QuantizationJob:
     """A job whose model is still the float one, ready for a recipe's first step."""
     float_model = detector.model.to(device)
@@ -90,6 +92,7 @@ def new_job(
         device,
         model_digest=detector.digest,
         head=detector.head,
+        seed=seed,
     )
 
 

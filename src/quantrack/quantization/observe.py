@@ -43,14 +43,13 @@ class ObserveActivations:
     """
 
     values: int = 8192
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.values < 1:
             raise UsageError(f"observe_activations: values={self.values}: must be positive")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(job.seed)
         watchers = {
             name: (_Watcher(self.values, generator), module)
             for name, module in job.float_model.named_modules()

@@ -61,7 +61,7 @@ class SoftRounding(nn.Module):
 
 @dataclass(frozen=True)
 class BlockReconstruction:
-    """Weights become points of their grid, scales stay. It needs the float weights: GPTQ cannot go before.
+    """Weights become points of their grid, scales stay. A block keeps what it had where nothing better is learned.
 
     `iterations` a block, each on `batch` pictures. `decision_weight` weighs the pull towards a
     decision, whose exponent falls from 20 to 2 after the first fifth.
@@ -72,16 +72,15 @@ class BlockReconstruction:
     learning_rate: float = 0.01
     decision_weight: float = 0.1
     memory_gb: float = 2.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.iterations, self.batch) < 1 or min(self.learning_rate, self.decision_weight, self.memory_gb) <= 0:
-            raise UsageError("block_reconstruction: all settings but the seed must be positive")
+            raise UsageError("block_reconstruction: all settings must be positive")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.weight_bits >= 8:
             return {}
-        draw = random.Random(self.seed)
+        draw = random.Random(job.seed)
         before = after = 0.0
         with (
             BlockWalk(job.float_model, job.batches(), job.device, self.memory_gb) as reference,

@@ -10,7 +10,7 @@ from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.layers import activation_quantization, quantized_layers, weight_bits, weight_scale
 
 
-def calibration_record(job: QuantizationJob, seed: int, steps: Sequence[StepReport]) -> dict[str, object]:
+def calibration_record(job: QuantizationJob, steps: Sequence[StepReport]) -> dict[str, object]:
     """Pictures, preprocessing and every activation quantizer's scale, zero point and range."""
     quantizers = {}
     for name, layer in quantized_layers(job.model).items():
@@ -19,7 +19,7 @@ def calibration_record(job: QuantizationJob, seed: int, steps: Sequence[StepRepo
             quantizers[name] = asdict(chosen) | {"minimum": chosen.minimum, "maximum": chosen.maximum}
     return {
         "images": len(job.calibration.paths),
-        "seed": seed,
+        "seed": job.seed,
         "list": job.calibration.source,
         "digest": job.calibration.digest,
         "pictures": [path.name for path in job.calibration.paths],

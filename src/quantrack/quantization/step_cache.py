@@ -1,7 +1,7 @@
 """Finished steps on disk, so that a rerun which changes a later step starts there.
 
 A step's key is the digest of everything that its result depends on: the model, mode, bit plan,
-pictures, input size, device kind, the versions of the libraries and of Quantrack's own steps, and the
+pictures, input size, seed, device kind, the versions of the libraries, Quantrack's own code, and the
 settings of the step and of all before it.
 """
 
@@ -24,6 +24,8 @@ from quantrack.quantization.layers import LayerPlan, insert_quantizers, layer_pl
 
 WORTH_SECONDS = 3.0
 LIMIT_BYTES = 4_000_000_000
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("datasets", "detector", "quantization")  # whose code decides what a step gives
 
 
 def step_keys(job: QuantizationJob, steps: Sequence[Step]) -> list[str]:
@@ -38,10 +40,11 @@ def step_keys(job: QuantizationJob, steps: Sequence[Step]) -> list[str]:
             job.calibration.digest,
             str(job.imgsz),
             str(job.batch),
+            str(job.seed),
             job.device.type,
             str(torch.get_num_threads()),
             *(f"{name} {version(name)}" for name in ("torch", "brevitas", "ultralytics")),
-            *(file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))),
+            *(file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))),
         ]
     )
     keys = []

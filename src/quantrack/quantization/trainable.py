@@ -3,7 +3,7 @@
 They compute what Brevitas' layers compute, with fewer passes over memory, and their parameters are
 scaled so that one learning rate suits all layers: weights in units of their own scale, scales as
 logarithms of their change. Gradients pass rounding straight through (Bengio et al.,
-arXiv:1308.3432) and stop at clipped values; scales learn as in LSQ (arXiv:1902.08153).
+arXiv:1308.3432) and stop at clipped values.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str,
     name_run(run_name)
 
 
-def log_quantization(job: QuantizationJob, seed: int, reports: Sequence[StepReport]) -> dict[str, float]:
+def log_quantization(job: QuantizationJob, reports: Sequence[StepReport]) -> dict[str, float]:
     """`calibration.json` and `layers.json`; returns the metrics of the quantization itself."""
-    log_json(calibration_record(job, seed, reports), "calibration.json")
+    log_json(calibration_record(job, reports), "calibration.json")
     log_json(layer_records(job), "layers.json")
     if job.plan is not None:
         log_json(job.plan.record(), "plan.json")

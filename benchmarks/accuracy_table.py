@@ -27,6 +27,10 @@ CASES = (
     ("ptq", {"mode": "w8a8", "recipe": "default"}),
     ("ptq", {"mode": "w4a16", "recipe": "default"}),
     ("ptq", {"mode": "w4a8", "recipe": "default"}),
+    ("ptq", {"mode": "w4a16", "recipe": "default", "avg_bits": "4.5"}),
+    ("ptq", {"mode": "w4a8", "recipe": "default", "avg_bits": "4.5"}),
+    ("ptq", {"mode": "w4a8", "recipe": "best", "avg_bits": "4.5"}),
+    ("ptq", {"mode": "w4a8", "recipe": "fast"}),
     ("ptq", {"mode": "w8a8", "recipe": "naive"}),
     ("ptq", {"mode": "w4a8", "recipe": "naive"}),
 )
@@ -34,12 +38,25 @@ COLUMNS = (
     ("mAP50-95", "{:.4f}"),
     ("mAP50", "{:.4f}"),
     ("mAP50-95_drop", "{:.2f}"),
+    ("mAP50-95_drop_ci_low", "{:.1f}"),
+    ("mAP50-95_drop_ci_high", "{:.1f}"),
     ("weight_bits_avg", "{:.2f}"),
     ("onnx_mb", "{:.2f}"),
     ("latency_ms_p50", "{:.1f}"),
     ("quantize_seconds", "{:.0f}"),
 )
-HEADER = ("run", "mAP50-95", "mAP50", "drop, points", "weight bits", "file, MB", "latency p50, ms", "quantize, s")
+HEADER = (
+    "run",
+    "mAP50-95",
+    "mAP50",
+    "drop, points",
+    "from",
+    "to",
+    "weight bits",
+    "file, MB",
+    "latency p50, ms",
+    "quantize, s",
+)
 
 
 def main(

@@ -15,10 +15,10 @@ from quantrack.onnx.files import export_quantized_files
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import new_job
 from quantrack.quantization.recipe import parse_recipe
-from quantrack.quantization.sensitivity import LayerTrials, measure_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
 from quantrack.runtime.session import open_session
 from quantrack.schemes import parse_mode
-from quantrack.settings import PtqSettings, shared_texts
+from quantrack.settings import PtqSettings, parse_plan_bits, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
 from quantrack.tracking.log import log_inputs, log_quantization, log_recipe, log_samples, log_settings, log_step
 from quantrack.tracking.models import fetch_plan
@@ -42,7 +42,7 @@ def ptq(settings: PtqSettings) -> None:
     if settings.plan:
         job.plan = fetch_plan(settings.plan)
     elif settings.avg_bits:
-        rows = measure_sensitivity(job, LayerTrials(bits=(scheme.weight_bits, 8)))
+        rows = kept_sensitivity(job, LayerTrials(bits=parse_plan_bits(settings.plan_bits)))
         job.plan = plan_bits(job, rows, settings.avg_bits)
     log_recipe(recipe)
     reports = apply_recipe(job, recipe.steps, log_step)

@@ -13,12 +13,12 @@ from quantrack.evaluation.measure import require_same_classes, score_model
 from quantrack.quantization.job import new_job
 from quantrack.quantization.sensitivity import (
     LayerTrials,
+    kept_sensitivity,
     measure_score_sensitivity,
-    measure_sensitivity,
     plan_bits,
 )
 from quantrack.schemes import parse_mode
-from quantrack.settings import SensitivitySettings
+from quantrack.settings import SensitivitySettings, parse_plan_bits
 from quantrack.tracking.log import log_inputs, log_sensitivity, log_settings
 
 
@@ -36,14 +36,14 @@ def sensitivity(settings: SensitivitySettings) -> None:
     log_inputs(evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
-    trials = LayerTrials(bits=(scheme.weight_bits, 8))
+    trials = LayerTrials(bits=parse_plan_bits(settings.plan_bits))
     if settings.measure == "mAP":
         score = partial(
             score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz, device=device
         )
         rows, unit = measure_score_sensitivity(job, trials, score), "mAP50-95 lost"
     else:
-        rows, unit = measure_sensitivity(job, trials), "divergence of raw outputs"
+        rows, unit = kept_sensitivity(job, trials), "divergence of raw outputs"
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
+from quantrack.quantization.bit_plan import BIT_RANGE
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import Scheme, parse_mode
@@ -89,6 +90,7 @@ class PtqSettings(SharedSettings):
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
+    plan_bits: str = _setting("4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,15 +103,16 @@ class PtqSettings(SharedSettings):
                 f"plan={self.plan}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
             )
         if self.avg_bits:
-            _require_budget(self.avg_bits, scheme)
+            _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits), scheme)
 
 
 @dataclass(frozen=True)
 class SensitivitySettings(SharedSettings):
     """What each layer's quantization costs, and the bit plan that follows."""
 
-    mode: str = _setting("w4a8", "w4a8 or w4a16: the plan chooses between 4 and 8 bits.")
+    mode: str = _setting("w4a8", "w4a8 or w4a16.")
     avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
+    plan_bits: str = _setting("4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
     measure: str = _setting("output", "output (calibration pictures) or mAP (evaluation pictures, slow).")
 
     def __post_init__(self) -> None:
@@ -117,7 +120,7 @@ class SensitivitySettings(SharedSettings):
         scheme = parse_mode(self.mode)
         known = ", ".join(MEASURES)
         _require(self.measure in MEASURES, f"measure={self.measure}: unknown measure; use one of {known}")
-        _require_budget(self.avg_bits, scheme)
+        _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits), scheme)
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,26 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _require_budget(avg_bits: float, scheme: Scheme) -> None:
-    low, high = scheme.weight_bits, 8
-    _require(low < high, f"avg_bits={avg_bits}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16")
+def parse_plan_bits(text: str) -> tuple[int, ...]:
+    """The numbers of bits that a plan chooses from, ascending.
+
+    Raises:
+        UsageError: not at least two whole numbers from 2 to 8.
+
+    >>> parse_plan_bits("8,4")
+    (4, 8)
+    """
+    parts = {part.strip() for part in text.split(",")}
+    known = {str(bits) for bits in BIT_RANGE}
+    _require(len(parts) > 1 and parts <= known, f"plan_bits={text}: give at least two of 2 to 8, as in 4,8")
+    return tuple(sorted(int(part) for part in parts))
+
+
+def _require_budget(avg_bits: float, choices: tuple[int, ...], scheme: Scheme) -> None:
+    _require(
+        scheme.weight_bits < 8, f"avg_bits={avg_bits}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
+    )
+    low, high = choices[0], choices[-1]
     _require(low <= avg_bits <= high, f"avg_bits={avg_bits}: must lie between {low} and {high}")
 
 

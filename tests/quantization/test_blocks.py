@@ -25,7 +25,7 @@ from quantrack.quantization.job import QuantizationJob, new_job
 from quantrack.quantization.layers import quantized_layers, weight_bits
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
-from quantrack.quantization.sensitivity import LayerTrials, measure_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 from quantrack.schemes import parse_mode
 
@@ -159,8 +159,13 @@ def test_distillation_needs_a_picture_to_hold_back(job: QuantizationJob) -> None
         Distillation(steps=1).apply(alone)
 
 
-def test_sensitivity_measures_every_layer_and_feeds_the_plan(job: QuantizationJob) -> None:
-    rows = measure_sensitivity(job, LayerTrials(images=2, gptq_images=4))
+def test_sensitivity_measures_every_layer_and_feeds_the_plan(
+    job: QuantizationJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = LayerTrials(bits=(4, 8), images=2, gptq_images=4)
+    rows = kept_sensitivity(job, trials)
+    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials) == rows
+    assert "from the cache" in capsys.readouterr().err
     assert len(rows) == 82  # every convolution but DFL's
     assert sum(row.errors[4] for row in rows) > sum(row.errors[8] for row in rows)
     plan = plan_bits(job, rows, 4.5)

@@ -1,5 +1,6 @@
 """Each step of a recipe on a net of three convolutions."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from quantrack.errors import UsageError
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
-from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.gptq import Gptq, channel_errors, damped, refined
 from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
@@ -125,6 +126,23 @@ def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
     torch.testing.assert_close(rounded, torch.clamp(torch.round(weight / 0.3), -7, 7) * 0.3)
 
 
+def test_coordinate_descent_lessens_the_error_and_stays_on_the_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 40, 12, generator=generator) @ torch.randn(2, 12, 12, generator=generator)
+    hessian = damped(inputs.transpose(1, 2) @ inputs / 40, 0.01)
+    weight, scale = torch.randn(2, 6, 12, generator=generator), torch.full((2, 6), 0.3)
+    rounded = torch.clamp(torch.round(weight / 0.3), -7, 7) * 0.3
+    errors = [channel_errors(rounded - weight, hessian)]
+    for _ in range(3):
+        rounded, scale = refined(weight, rounded, scale, hessian, 7)
+        errors.append(channel_errors(rounded - weight, hessian))
+    assert all((after <= before * 1.0001).all() for before, after in itertools.pairwise(errors))
+    assert errors[-1].sum() < 0.7 * errors[0].sum()
+    integers = rounded / scale[:, :, None]
+    torch.testing.assert_close(integers, integers.round())
+    assert integers.abs().max() < 7.001
+
+
 def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:
     job = prepared(make_job("w4a16"))
     before = output_error(job)
@@ -168,6 +186,7 @@ def test_unknown_recipe() -> None:
     [
         lambda: Gptq(damping=0),
         lambda: Gptq(positions=0),
+        lambda: Gptq(sweeps=-1),
         lambda: MseWeightScales(candidates=1),
         lambda: InsertQuantizers(activation="fp8"),
     ],

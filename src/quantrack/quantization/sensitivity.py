@@ -8,9 +8,11 @@ float ones over calibration pictures.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,19 @@ from quantrack.detector.blocks import INPUT, network_blocks, run_block, run_bloc
 from quantrack.detector.heads import RawOutputTap, raw_outputs
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
-from quantrack.progress import track
+from quantrack.files import write_json
+from quantrack.progress import say, track
 from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerCost, solve_bits
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import Scheme
 
+WEIGHTS_ONLY = Scheme("weights only", 4, None)
 BATCH = 4  # every block's outputs of a batch are held at once
 WeightsByLayer = Mapping[str, Tensor]
 
@@ -37,7 +42,7 @@ WeightsByLayer = Mapping[str, Tensor]
 class LayerTrials:
     """Which bits each layer is tried at, and on how many of the calibration pictures."""
 
-    bits: tuple[int, ...] = (4, 8)
+    bits: tuple[int, ...] = (4, 5, 6, 8)
     images: int = 16
     gptq_images: int = 100
 
@@ -62,13 +67,42 @@ class LayerSensitivity:
         return LayerCost(self.name, self.weights, self.errors)
 
 
+def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+    """As `measure_sensitivity`, measured once for the same model, pictures, settings and code.
+
+    Activations do not enter it, so w4a8 and w4a16 share what is kept.
+    """
+    (key,) = step_keys(replace(job, scheme=WEIGHTS_ONLY, plan=None), [settings])
+    path = kept_path(f"{key}.json", "sensitivity")
+    if path.is_file():
+        try:
+            rows = _read_rows(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
+        else:
+            say(f"sensitivity: {len(rows)} layers (from the cache)")
+            return rows
+    rows = measure_sensitivity(job, settings)
+    write_json(path, [asdict(row) | {"role": row.role.value} for row in rows])
+    return rows
+
+
+def _read_rows(path: Path) -> tuple[LayerSensitivity, ...]:
+    return tuple(
+        LayerSensitivity(
+            row["name"], Role(row["role"]), row["weights"], {int(bits): error for bits, error in row["errors"].items()}
+        )
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    )
+
+
 def measure_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
     """The error of each convolution at each number of bits, alone; `job` is left as it was.
 
     Time: two passes over the GPTQ pictures for each number of bits, and for each layer and number of
     bits a part of a pass over `images` pictures.
     """
-    candidates = {bits: rounded_weights(job, bits, settings) for bits in settings.bits}
+    candidates = rounded_weights(job, settings)
     probe = copy.deepcopy(job.float_model)
     roles = convolution_roles(probe)
     names = list(candidates[settings.bits[0]])
@@ -90,7 +124,7 @@ def measure_score_sensitivity(
 
     `score` takes a detector, as `job.float_model` is one; it is called once a layer and number of bits.
     """
-    candidates = {bits: rounded_weights(job, bits, settings) for bits in settings.bits}
+    candidates = rounded_weights(job, settings)
     probe = copy.deepcopy(job.float_model)
     whole = score(probe)
     roles = convolution_roles(probe)
@@ -109,14 +143,30 @@ def plan_bits(job: QuantizationJob, rows: Sequence[LayerSensitivity], average_bi
     return BitPlan(job.model_digest, solve_bits([row.cost for row in rows], average_bits))
 
 
-def rounded_weights(job: QuantizationJob, bits: int, settings: LayerTrials) -> WeightsByLayer:
-    """Every convolution's weights on its grid of so many bits, by module name."""
-    scheme = Scheme(f"w{bits}a16", bits, None)
+def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[int, WeightsByLayer]:
+    """Every convolution's weights by module name, on their grids of each of the numbers of bits."""
     few = first_pictures(job, settings.gptq_images)
-    trial = replace(few, model=copy.deepcopy(job.float_model), scheme=scheme, plan=None)
-    for step in (InsertQuantizers(roles_at_8_bits=()), MseWeightScales(), Gptq()):
+    trials = {bits: _trial(few, bits) for bits in settings.bits}
+    layers = {bits: quantized_layers(trial.model) for bits, trial in trials.items()}
+    gptq = Gptq()
+    # the Hessians are of the float network's inputs, so one walk serves all
+    for hessians in gptq.hessians(trials[settings.bits[0]], job.float_model):
+        for name, hessian in hessians.items():
+            for bits in settings.bits:
+                gptq.round_layer(layers[bits][name], hessian)
+    return {
+        bits: {name: layer.quant_weight().value.detach() for name, layer in by_name.items()}
+        for bits, by_name in layers.items()
+    }
+
+
+def _trial(job: QuantizationJob, bits: int) -> QuantizationJob:
+    """A job with every convolution at so many bits, its scales set."""
+    scheme = Scheme(f"w{bits}a16", bits, None)
+    trial = replace(job, model=copy.deepcopy(job.float_model), scheme=scheme, plan=None)
+    for step in (InsertQuantizers(roles_at_8_bits=()), MseWeightScales()):
         step.apply(trial)
-    return {name: layer.quant_weight().value.detach() for name, layer in quantized_layers(trial.model).items()}
+    return trial
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from quantrack.detector.environment import cache_folder
 from quantrack.files import atomic_path, combined_digest, file_digest
 from quantrack.progress import say
-from quantrack.quantization.job import ActivationStatistics, QuantizationJob, Step, StepReport
+from quantrack.quantization.job import ActivationStatistics, QuantizationJob, StepReport
 from quantrack.quantization.layers import LayerPlan, insert_quantizers, layer_plans
 
 WORTH_SECONDS = 3.0
@@ -28,8 +28,8 @@ PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization")  # whose code decides what a step gives
 
 
-def step_keys(job: QuantizationJob, steps: Sequence[Step]) -> list[str]:
-    """The key of each step's result, in order."""
+def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
+    """The key of each step's result, in order; a step is known by its `repr`."""
     plan = "" if job.plan is None else repr(sorted(job.plan.bits.items()))
     key = combined_digest(
         [
@@ -98,8 +98,13 @@ def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(weights)
 
 
+def kept_path(key: str, kind: str) -> Path:
+    """Where a result of a kind ("steps", "sensitivity") is kept."""
+    return cache_folder() / kind / key
+
+
 def _path(key: str) -> Path:
-    return cache_folder() / "steps" / f"{key}.pt"
+    return kept_path(f"{key}.pt", "steps")
 
 
 def _forget_oldest(folder: Path, keep: Path) -> None:

@@ -13,9 +13,9 @@ from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import prove, require_same_classes
 from quantrack.onnx.files import export_quantized_files
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.job import new_job
+from quantrack.quantization.job import StepReport, new_job
 from quantrack.quantization.recipe import parse_recipe
-from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerTrials, plan_job
 from quantrack.runtime.session import open_session
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, parse_plan_bits, shared_texts
@@ -39,13 +39,14 @@ def ptq(settings: PtqSettings) -> None:
     log_inputs(evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
+    reports: tuple[StepReport, ...] = ()
     if settings.plan:
         job.plan = fetch_plan(settings.plan)
     elif settings.avg_bits:
-        rows = kept_sensitivity(job, LayerTrials(bits=parse_plan_bits(settings.plan_bits)))
-        job.plan = plan_bits(job, rows, settings.avg_bits)
+        reports = (plan_job(job, LayerTrials(bits=parse_plan_bits(settings.plan_bits)), settings.avg_bits),)
+        log_step(0, reports[0])
     log_recipe(recipe)
-    reports = apply_recipe(job, recipe.steps, log_step)
+    reports += apply_recipe(job, recipe.steps, log_step)
     quantized = log_quantization(job, reports)
 
     facts = detector_facts(detector, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"])

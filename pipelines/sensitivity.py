@@ -43,7 +43,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
         )
         rows, unit = measure_score_sensitivity(job, trials, score), "mAP50-95 lost"
     else:
-        rows, unit = kept_sensitivity(job, trials), "divergence of raw outputs"
+        rows, unit = kept_sensitivity(job, trials).rows, "divergence of raw outputs"
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
 
 

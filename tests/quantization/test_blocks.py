@@ -22,10 +22,11 @@ from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
 from quantrack.quantization.job import QuantizationJob, new_job
-from quantrack.quantization.layers import quantized_layers, weight_bits
+from quantrack.quantization.layers import quantized_layers, set_activation_range, weight_bits
+from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
-from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits, plan_job
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 from quantrack.schemes import parse_mode
 
@@ -128,6 +129,25 @@ def test_trainable_twin_computes_what_brevitas_computes(job: QuantizationJob) ->
         torch.testing.assert_close(layer.quant_weight().value, before[name])
 
 
+def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> None:
+    apply_recipe(job, CALIBRATED)
+    layer = quantized_layers(job.model)["model.4.cv1.conv"]
+    low, high = range_of(layer)
+    set_activation_range(layer, low, 16 * high)
+    search = ActivationRangeSearch(layers=3, shrinks=(0.5, 1 / 16), images=2)
+    figures = search.apply(job)
+    assert figures["error_after"] < 0.5 * figures["error_before"]
+    assert range_of(layer) == pytest.approx((low, high), rel=0.02, abs=0.02 * high)
+    weight_only = replace(job, scheme=parse_mode("w4a16"))
+    assert search.apply(weight_only) == {}
+
+
+@pytest.mark.parametrize("settings", [{"layers": 0}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}])
+def test_range_search_refuses_nonsense(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        ActivationRangeSearch(**settings)  # type: ignore[arg-type]
+
+
 def test_learned_rounding_beats_rounding_to_nearest(job: QuantizationJob) -> None:
     apply_recipe(job, CALIBRATED)
     before = output_divergence(job)
@@ -163,9 +183,14 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     job: QuantizationJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trials = LayerTrials(bits=(4, 8), images=2, gptq_images=4)
-    rows = kept_sensitivity(job, trials)
-    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials) == rows
+    rows = kept_sensitivity(job, trials).rows
+    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials).rows == rows
     assert "from the cache" in capsys.readouterr().err
+    again = replace(job)
+    report = plan_job(again, trials, 4.5)
+    assert report.cached
+    assert report.seconds > 0
+    assert again.plan == plan_bits(job, rows, 4.5)
     assert len(rows) == 82  # every convolution but DFL's
     assert sum(row.errors[4] for row in rows) > sum(row.errors[8] for row in rows)
     plan = plan_bits(job, rows, 4.5)

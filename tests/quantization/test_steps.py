@@ -11,7 +11,7 @@ from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.gptq import Gptq, channel_errors, damped, refined
-from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
+from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     activation_quantization,
@@ -48,6 +48,7 @@ def test_roles_decide_the_bits(make_job: MakeJob) -> None:
     sizes = [3 * 8 * 9, 8 * 9, 8 * 6]
     expected = (8 * sizes[0] + 8 * sizes[1] + 4 * sizes[2]) / sum(sizes)
     assert average_weight_bits(job.model) == pytest.approx(expected)
+    assert average_stored_bits(job.model) == pytest.approx(expected)  # 4 and 8 are what is stored
 
 
 @pytest.mark.parametrize(("mode", "quantized"), [("w4a16", False), ("w4a8", True)])

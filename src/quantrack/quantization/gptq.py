@@ -59,7 +59,7 @@ class Gptq:
 
     positions: int = 4096
     importance_share: float = 0.7
-    inputs: str = "float"
+    inputs: str = "quantized"
     scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     sweeps: int = 3
     damping: float = 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +15,7 @@ from quantrack.quantization.layers import (
     LayerPlan,
     insert_quantizers,
     quantized_layers,
+    weight_bits,
 )
 
 
@@ -60,7 +61,15 @@ class InsertQuantizers:
 
 def average_weight_bits(model: nn.Module) -> float:
     """Mean bits over the weights of the quantized convolutions, DFL's fixed weights left out."""
-    counted = [
-        (layer.weight.numel(), int(layer.weight_quant.bit_width())) for name, layer in quantized_layers(model).items()
-    ]
-    return float(sum(count * bits for count, bits in counted) / sum(count for count, _ in counted))
+    return _average(model, lambda bits: bits)
+
+
+def average_stored_bits(model: nn.Module) -> float:
+    """As `average_weight_bits`, of the ONNX types that the weights fit: INT4 up to 4 bits, INT8 above."""
+    return _average(model, lambda bits: 4 if bits <= 4 else 8)
+
+
+def _average(model: nn.Module, counted_as: Callable[[int], int]) -> float:
+    layers = quantized_layers(model).values()
+    total = sum(layer.weight.numel() * counted_as(weight_bits(layer)) for layer in layers)
+    return float(total / sum(layer.weight.numel() for layer in layers))

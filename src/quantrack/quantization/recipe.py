@@ -22,6 +22,7 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import Step
 from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
 
@@ -35,6 +36,7 @@ STEPS: dict[str, type[Step]] = {
     "min_max_activation_ranges": MinMaxActivationRanges,
     "percentile_activation_ranges": PercentileActivationRanges,
     "mse_activation_ranges": MseActivationRanges,
+    "activation_range_search": ActivationRangeSearch,
     "gptq": Gptq,
     "block_reconstruction": BlockReconstruction,
     "distillation": Distillation,
@@ -65,8 +67,8 @@ RECIPES: dict[str, tuple[Step, ...]] = {
         MinMaxActivationRanges(),
     ),
     "fast": (*CALIBRATED, BiasCorrection()),
-    "default": (*CALIBRATED, Gptq(), BiasCorrection()),
-    "best": (*CALIBRATED, Gptq(), Distillation(), BiasCorrection()),
+    "default": (*CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
+    "best": (*CALIBRATED, ActivationRangeSearch(), Gptq(), Distillation(), BiasCorrection()),
 }
 
 

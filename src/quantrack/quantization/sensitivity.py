@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from quantrack.detector.blocks import INPUT, network_blocks, run_block, run_blocks
-from quantrack.detector.heads import RawOutputTap, raw_outputs
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
 from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerCost, solve_bits
-from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
-from quantrack.quantization.job import QuantizationJob, first_pictures
+from quantrack.quantization.job import QuantizationJob, StepReport, first_pictures
+from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import quantized_layers
 from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import Scheme
 
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
-BATCH = 4  # every block's outputs of a batch are held at once
 WeightsByLayer = Mapping[str, Tensor]
 
 
@@ -67,7 +65,16 @@ class LayerSensitivity:
         return LayerCost(self.name, self.weights, self.errors)
 
 
-def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+@dataclass(frozen=True)
+class Measured:
+    """The table, and the seconds that measuring it took; `cached` if an earlier run did it."""
+
+    rows: tuple[LayerSensitivity, ...]
+    seconds: float
+    cached: bool
+
+
+def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
     """As `measure_sensitivity`, measured once for the same model, pictures, settings and code.
 
     Activations do not enter it, so w4a8 and w4a16 share what is kept.
@@ -76,24 +83,37 @@ def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[Layer
     path = kept_path(f"{key}.json", "sensitivity")
     if path.is_file():
         try:
-            rows = _read_rows(path)
+            kept = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
         else:
-            say(f"sensitivity: {len(rows)} layers (from the cache)")
-            return rows
+            say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
+            return kept
+    began = time.perf_counter()
     rows = measure_sensitivity(job, settings)
-    write_json(path, [asdict(row) | {"role": row.role.value} for row in rows])
-    return rows
+    seconds = time.perf_counter() - began
+    records = [asdict(row) | {"role": row.role.value} for row in rows]
+    write_json(path, {"seconds": seconds, "rows": records})
+    return Measured(rows, seconds, cached=False)
 
 
-def _read_rows(path: Path) -> tuple[LayerSensitivity, ...]:
-    return tuple(
+def _read(path: Path) -> Measured:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
         LayerSensitivity(
             row["name"], Role(row["role"]), row["weights"], {int(bits): error for bits, error in row["errors"].items()}
         )
-        for row in json.loads(path.read_text(encoding="utf-8"))
-    )
+        for row in kept["rows"]
+    ]
+    return Measured(tuple(rows), kept["seconds"], cached=True)
+
+
+def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float) -> StepReport:
+    """Give the job the plan of least error under a budget; reported as a step, as it takes a step's time."""
+    measured = kept_sensitivity(job, settings)
+    job.plan = plan_bits(job, measured.rows, average_bits)
+    planned = sum(row.errors[job.plan.bits[row.name]] for row in measured.rows)
+    return StepReport("Sensitivity", measured.seconds, {"planned_error": planned}, measured.cached)
 
 
 def measure_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
@@ -105,16 +125,14 @@ def measure_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[La
     candidates = rounded_weights(job, settings)
     probe = copy.deepcopy(job.float_model)
     roles = convolution_roles(probe)
-    names = list(candidates[settings.bits[0]])
-    sums = {name: dict.fromkeys(settings.bits, 0.0) for name in names}
-    few = replace(first_pictures(job, settings.images), batch=BATCH)
-    with torch.no_grad(), raw_outputs(probe) as tap:
-        for batch in track(few.batches(), "sensitivity", total=few.batch_count):
-            share = len(batch) / len(few.calibration.paths)
-            for name, bits, error in _errors_of_batch(probe, tap, batch, candidates):
-                sums[name][bits] += share * error
     weights = candidates[settings.bits[0]]
-    return tuple(LayerSensitivity(name, roles[name], weights[name].numel(), sums[name]) for name in names)
+    trials = {
+        name: {bits: partial(weights_replaced, probe, name, by_layer[name]) for bits, by_layer in candidates.items()}
+        for name in weights
+    }
+    few = first_pictures(job, settings.images)
+    errors = trial_errors(few, probe, trials, lambda apart: apart.outputs, "sensitivity")
+    return tuple(LayerSensitivity(name, roles[name], weights[name].numel(), errors[name]) for name in weights)
 
 
 def measure_score_sensitivity(
@@ -179,21 +197,3 @@ def weights_replaced(model: nn.Module, name: str, weights: Tensor) -> Iterator[N
         yield
     finally:
         own.copy_(kept)
-
-
-def _errors_of_batch(
-    probe: nn.Module, tap: RawOutputTap, batch: Tensor, candidates: Mapping[int, WeightsByLayer]
-) -> Iterator[tuple[str, int, float]]:
-    """Layer, bits and error; only the blocks from the layer's own on are run again."""
-    blocks = network_blocks(probe)
-    outputs = {INPUT: batch}
-    for block in blocks:
-        outputs[block.index] = run_block(probe, block, [outputs[source] for source in block.sources])
-    reference = tap.taken()
-    for block in blocks:
-        for bits, by_layer in candidates.items():
-            for name in filter(block.holds, by_layer):
-                with weights_replaced(probe, name, by_layer[name]):
-                    run_blocks(probe, blocks[block.index :], outputs)
-                apart = divergence(tap.taken(), reference)
-                yield name, bits, float(apart.outputs)

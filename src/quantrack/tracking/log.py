@@ -21,7 +21,7 @@ from quantrack.evaluation.samples import choose_samples, sample_picture
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.files import ExportedFiles
 from quantrack.quantization.bit_plan import BitPlan
-from quantrack.quantization.insert import average_weight_bits
+from quantrack.quantization.insert import average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.recipe import Recipe
 from quantrack.quantization.report import calibration_record, layer_records
@@ -71,6 +71,7 @@ def log_quantization(job: QuantizationJob, reports: Sequence[StepReport]) -> dic
     return {
         "steps_from_cache": float(sum(report.cached for report in reports)),
         "weight_bits_avg": average_weight_bits(job.model),
+        "weight_bits_stored_avg": average_stored_bits(job.model),
         "quantize_seconds": sum(report.seconds for report in reports),
     }
 

@@ -1,0 +1,116 @@
+"""Step: shrink the activation ranges whose rounding the detector's outputs notice.
+
+A range that clips nothing is right for nearly every layer, but where a few values lie far out, its
+steps are too wide for all others (one input of YOLOv10n alone makes most of what 8-bit activations
+cost). What clipping costs, neither the values nor their error tell, so it is measured: each range is
+tried in a network that is float otherwise, against the float network's raw outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import brevitas.nn as qnn
+from torch import Tensor
+
+from quantrack.detector.heads import head_levels
+from quantrack.errors import UsageError
+from quantrack.progress import say
+from quantrack.quantization.activation_ranges import Range
+from quantrack.quantization.divergence import Divergence
+from quantrack.quantization.job import QuantizationJob, first_pictures
+from quantrack.quantization.layer_trials import trial_errors
+from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range
+
+
+@dataclass(frozen=True)
+class ActivationRangeSearch:
+    """Runs after a step that sets ranges. The `layers` that cost most at their range try each shrunken
+    one, on the first `images` of the calibration pictures; the best is kept.
+
+    Time: a part of a pass for each layer, and for each range that is tried.
+    """
+
+    layers: int = 8
+    shrinks: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25, 0.18)
+    images: int = 16
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.images < 1:
+            raise UsageError("activation range search: layers and images must be positive")
+        if not self.shrinks or not all(0 < shrink < 1 for shrink in self.shrinks):
+            raise UsageError("activation range search: shrinks must lie in 0..1, at least one")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        if job.scheme.activation_bits is None:
+            return {}
+        if not head_levels(job.model):
+            say("activation range search: the model has no detection head that Quantrack knows; ranges stay")
+            return {}
+        probe = copy.deepcopy(job.model)
+        layers = quantized_layers(probe)
+        ranges = {name: range_of(layer) for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.weight_quant.disable_quant = layer.input_quant.disable_quant = True
+        few = first_pictures(job, self.images)
+        whole = {name: {1.0: partial(input_rounded, layers[name], seen)} for name, seen in ranges.items()}
+        errors = trial_errors(few, probe, whole, outputs_and_features, "activation ranges: what each costs")
+        worst = sorted(errors, key=lambda name: errors[name][1.0], reverse=True)[: self.layers]
+        smaller = {
+            name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in self.shrinks}
+            for name in worst
+        }
+        tried = trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
+        return self.take_best(job, ranges, {name: errors[name] | tried[name] for name in worst})
+
+    def take_best(
+        self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Mapping[str, Mapping[float, float]]
+    ) -> Mapping[str, float]:
+        """Set each layer's best range; how many shrank, and the sums of the errors before and after."""
+        best = {name: min(tried, key=tried.__getitem__) for name, tried in errors.items()}
+        layers = quantized_layers(job.model)
+        for name, shrink in best.items():
+            set_activation_range(layers[name], *clipped(ranges[name], shrink))
+        return {
+            "shrunken": float(sum(shrink < 1 for shrink in best.values())),
+            "error_before": sum(tried[1.0] for tried in errors.values()),
+            "error_after": sum(tried[best[name]] for name, tried in errors.items()),
+        }
+
+
+def outputs_and_features(apart: Divergence) -> Tensor:
+    """Features as well, as they tell of all of a picture and outputs of its few objects."""
+    return apart.total(feature_weight=1.0)
+
+
+def range_of(layer: qnn.QuantConv2d) -> Range:
+    """The ends of a layer's input grid."""
+    chosen = activation_quantization(layer)
+    assert chosen is not None
+    return chosen.minimum, chosen.maximum
+
+
+def clipped(whole: Range, shrink: float) -> Range:
+    """A range cut at a share of its larger side: SiLU's short negative side stays.
+
+    >>> clipped((-0.25, 8.0), 0.5)
+    (-0.25, 4.0)
+    """
+    low, high = whole
+    limit = shrink * max(-low, high)
+    return max(low, -limit), min(high, limit)
+
+
+@contextmanager
+def input_rounded(layer: qnn.QuantConv2d, range_: Range) -> Iterator[None]:
+    """Let a layer of a probe round its input, on a grid over this range."""
+    set_activation_range(layer, *range_)
+    layer.input_quant.disable_quant = False
+    try:
+        yield
+    finally:
+        layer.input_quant.disable_quant = True

@@ -24,6 +24,11 @@ def test_a_recipe_written_down_reads_as_the_same_steps(name: str, tmp_path: Path
     assert parse_recipe(str(path)) == Recipe("own", RECIPES[name])
 
 
+def test_the_strict_recipe_of_the_benchmarks_is_the_default_without_8_bits() -> None:
+    strict = parse_recipe(str(Path(__file__).parents[2] / "benchmarks/recipes/strict.yaml"))
+    assert strict.steps == (InsertQuantizers(roles_at_8_bits=()), *RECIPES["default"][1:])
+
+
 def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3}\n")

@@ -95,8 +95,9 @@ class Gptq:
         with BlockWalk(seen, job.batches(), job.device, self.memory_gb) as walk:
             for block in track(walk.blocks, "GPTQ"):
                 layers = layers_of_block(job.model, block)
+                weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
                 for names in self.chunks(layers):
-                    with float_weights(layers):  # within the block, weights are not rounded yet
+                    with unrounded(layers, weights):  # so that several looks give what one would
                         hessians = collect_hessians(walk, block, names, positions)
                     yield hessians
                 walk.advance(block)
@@ -222,14 +223,17 @@ def collect_hessians(walk: BlockWalk, block: Block, names: list[str], positions:
 
 
 @contextmanager
-def float_weights(layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[None]:
-    """Let layers compute with the weights they hold, not yet rounded."""
+def unrounded(layers: Mapping[str, qnn.QuantConv2d], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let layers compute with these weights as they are, for a while."""
+    own = {name: layer.weight.data for name, layer in layers.items()}
     try:
-        for layer in layers.values():
+        for name, layer in layers.items():
+            layer.weight.data = weights[name]
             layer.weight_quant.disable_quant = True
         yield
     finally:
-        for layer in layers.values():
+        for name, layer in layers.items():
+            layer.weight.data = own[name]
             layer.weight_quant.disable_quant = False
 
 

@@ -26,13 +26,15 @@ from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range
 
+LOOK = 4  # pictures that are enough to tell which layers cost most
+
 
 @dataclass(frozen=True)
 class ActivationRangeSearch:
-    """Runs after a step that sets ranges. The `layers` that cost most at their range try each shrunken
-    one, on the first `images` of the calibration pictures; the best is kept.
+    """Runs after a step that sets ranges. The `layers` that cost most at their range, on a few pictures,
+    try each shrunken one on the first `images` of the calibration pictures; the best is kept.
 
-    Time: a part of a pass for each layer, and for each range that is tried.
+    Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range.
     """
 
     layers: int = 8
@@ -56,16 +58,17 @@ class ActivationRangeSearch:
         ranges = {name: range_of(layer) for name, layer in layers.items()}
         for layer in layers.values():
             layer.weight_quant.disable_quant = layer.input_quant.disable_quant = True
-        few = first_pictures(job, self.images)
-        whole = {name: {1.0: partial(input_rounded, layers[name], seen)} for name, seen in ranges.items()}
-        errors = trial_errors(few, probe, whole, outputs_and_features, "activation ranges: what each costs")
-        worst = sorted(errors, key=lambda name: errors[name][1.0], reverse=True)[: self.layers]
+        seen = {name: {1.0: partial(input_rounded, layers[name], ends)} for name, ends in ranges.items()}
+        few = first_pictures(job, min(self.images, LOOK))
+        costs = trial_errors(few, probe, seen, outputs_and_features, "activation ranges: what each costs")
+        worst = sorted(costs, key=lambda name: costs[name][1.0], reverse=True)[: self.layers]
         smaller = {
-            name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in self.shrinks}
+            name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in (1.0, *self.shrinks)}
             for name in worst
         }
-        tried = trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
-        return self.take_best(job, ranges, {name: errors[name] | tried[name] for name in worst})
+        few = first_pictures(job, self.images)
+        errors = trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
+        return self.take_best(job, ranges, errors)
 
     def take_best(
         self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Mapping[str, Mapping[float, float]]

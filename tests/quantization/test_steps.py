@@ -121,6 +121,20 @@ def test_gptq_in_several_looks_gives_the_same(make_job: MakeJob) -> None:
         torch.testing.assert_close(layer.weight, quantized_layers(many.model)[name].weight)
 
 
+def test_gptq_sees_pictures_mirrored_where_asked(make_job: MakeJob) -> None:
+    plain, mirrored = (prepared(make_job("w4a16")) for _ in range(2))
+    batches = list(Gptq(mirrored=True).batches(mirrored))
+    assert len(batches) == 2 * plain.batch_count
+    assert torch.equal(batches[1], batches[0].flip(-1))
+    Gptq().apply(plain)
+    Gptq(mirrored=True).apply(mirrored)
+    one, other = (
+        torch.cat([layer.weight.flatten() for layer in quantized_layers(job.model).values()])
+        for job in (plain, mirrored)
+    )
+    assert not torch.equal(one, other)
+
+
 def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
     weight, scale = torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
     rounded = Gptq().round(weight, torch.eye(5).expand(2, 5, 5), scale, 7)

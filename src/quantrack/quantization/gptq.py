@@ -52,14 +52,17 @@ class Gptq:
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
     probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
-    blocks before give. Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers
-    are worked off in as many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs
-    take another `memory_gb`, then disk; importance 4 bytes for each position of each layer.
+    blocks before give. With `mirrored` each picture is seen mirrored as well.
+
+    Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers are worked off in as
+    many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`,
+    then disk; importance 4 bytes for each position of each layer.
     """
 
     positions: int = 4096
     importance_share: float = 0.7
-    inputs: str = "quantized"
+    inputs: str = "float"
+    mirrored: bool = False
     scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     sweeps: int = 3
     damping: float = 0.01
@@ -85,6 +88,13 @@ class Gptq:
                 before, after = before + errors[0], after + errors[1]
         return {"error_before": before, "error_after": after}
 
+    def batches(self, job: QuantizationJob) -> Iterator[Tensor]:
+        """The calibration inputs, each batch followed by its mirror image where that is asked for."""
+        for batch in job.batches():
+            yield batch
+            if self.mirrored:
+                yield batch.flip(-1)
+
     def hessians(self, job: QuantizationJob, seen: nn.Module) -> Iterator[Mapping[str, Tensor]]:
         """Hessians by layer name, a few layers at a time in network order, of the inputs in `seen`.
 
@@ -92,7 +102,7 @@ class Gptq:
         next are asked for, as later ones see what they give.
         """
         positions = _Positions(self, job)
-        with BlockWalk(seen, job.batches(), job.device, self.memory_gb) as walk:
+        with BlockWalk(seen, self.batches(job), job.device, self.memory_gb) as walk:
             for block in track(walk.blocks, "GPTQ"):
                 layers = layers_of_block(job.model, block)
                 weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -170,9 +180,10 @@ class _Positions:
         self.importance: list[dict[str, Tensor]] = []
         if settings.importance_share > 0 and head_levels(job.float_model):
             names = list(quantized_layers(job.model))
+            count = job.batch_count * (2 if settings.mirrored else 1)
             self.importance = [
                 position_importance(job.float_model, names, pictures, self.generator)
-                for pictures in track(job.batches(), "GPTQ: importance of positions", total=job.batch_count)
+                for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count)
             ]
 
     def drawn(self, name: str, batch: int, available: int) -> Tensor | None:

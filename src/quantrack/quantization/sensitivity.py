@@ -41,7 +41,7 @@ class LayerTrials:
     """Which bits each layer is tried at, and on how many of the calibration pictures."""
 
     bits: tuple[int, ...] = (4, 5, 6, 8)
-    images: int = 16
+    images: int = 32
     gptq_images: int = 100
 
     def __post_init__(self) -> None:

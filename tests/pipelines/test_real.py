@@ -45,7 +45,7 @@ def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float)
 
 
 def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, store: Path) -> None:
-    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--avg-bits", "4.5")
+    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--avg-bits", "4.5", "--plan-bits", "4,8")
     metrics = run.data.metrics
     assert 4.45 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.43

@@ -22,10 +22,23 @@ def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
     assert sensitivity_run.info.run_name == "sensitivity-w4a8-yolov10n-demo"
     assert 4.3 < sensitivity_run.data.metrics["weight_bits_avg"] <= 4.4
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{sensitivity_run.info.run_id}/sensitivity.json"))
-    assert table["columns"] == ["layer", "role", "weights", "error at 4 bits", "error at 8 bits", "planned bits"]
+    assert table["columns"] == [
+        *("layer", "role", "weights"),
+        *(f"error at {bits} bits" for bits in (4, 5, 6, 8)),
+        "planned bits",
+    ]
     assert len(table["data"]) == 82
     logged = {entry.path for entry in mlflow.MlflowClient().list_artifacts(sensitivity_run.info.run_id, "plots")}
     assert logged == {"plots/sensitivity.png"}
+
+
+def test_sensitivity_by_score_counts_lost_points(shared_store: Path) -> None:
+    few = (*DEMO[:4], "--eval-images", "3", "--calib-images", "3", "--imgsz", "160", "--plan-bits", "4,8")
+    done = run_pipeline(shared_store, "sensitivity", *few, "--avg-bits", "5", "--measure", "mAP")
+    assert done.returncode == 0, done.stderr
+    metrics = newest_run(shared_store, "sensitivity").data.metrics
+    assert 4 <= metrics["weight_bits_avg"] <= 5
+    assert 0 <= metrics["planned_error"] <= metrics["error_at_fewest_bits"]
 
 
 def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
@@ -39,9 +52,12 @@ def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
 
 
 def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--avg-bits", "4.5")
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8")
     assert done.returncode == 0, done.stderr
-    assert 4.4 < newest_run(shared_store, "ptq").data.metrics["weight_bits_avg"] <= 4.5
+    metrics = newest_run(shared_store, "ptq").data.metrics
+    assert 4.4 < metrics["weight_bits_avg"] <= 4.5
+    assert metrics["weight_bits_stored_avg"] == metrics["weight_bits_avg"]  # nothing between 4 and 8
+    assert metrics["quantize_seconds"] > metrics["steps/00_Sensitivity/seconds"] > 0
 
 
 def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Steps that walk a real detector block by block, on the embedded demo."""
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,13 +22,14 @@ from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
+from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, new_job
-from quantrack.quantization.layers import quantized_layers, set_activation_range, weight_bits
+from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range, weight_bits
 from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits, plan_job
-from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
+from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_layers, trainable_twin
 from quantrack.schemes import parse_mode
 
 SIDE = 160
@@ -146,6 +148,36 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
 def test_range_search_refuses_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         ActivationRangeSearch(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["symmetric", "asymmetric"])
+def test_learned_scales_reach_the_quantized_model(job: QuantizationJob, activation: str) -> None:
+    apply_recipe(job, (InsertQuantizers(activation=activation), *CALIBRATED[1:]))
+    before = quantized_grids(job)
+    twin = trainable_twin(job.model, job.float_model)
+    take_over(job.model, trainable_layers(twin))
+    assert quantized_grids(job) == before  # nothing was learned
+    for layer in trainable_layers(twin).values():
+        layer.input_log_change.data.fill_(math.log(1.25))
+    take_over(job.model, trainable_layers(twin))
+    for (scale, *others), (old_scale, *old_others) in zip(quantized_grids(job), before, strict=True):
+        assert scale == pytest.approx(1.25 * old_scale, rel=1e-4)
+        assert others == old_others
+
+
+def quantized_grids(job: QuantizationJob) -> list[tuple[float, int, int, int]]:
+    chosen = [activation_quantization(layer) for layer in quantized_layers(job.model).values()]
+    return [(float(f"{one.scale:.6g}"), *one.grid[1:]) for one in chosen if one is not None]
+
+
+def test_the_scales_gradient_is_that_of_the_rounding_error() -> None:
+    x = torch.tensor([0.26, 0.74, 99.0], requires_grad=True)
+    log_change = torch.zeros((), requires_grad=True)
+    output = FakeQuantize.apply(x, log_change, (0.5, 0, 0, 10))
+    torch.testing.assert_close(output, torch.tensor([0.5, 0.5, 5.0]))
+    output.sum().backward()
+    assert float(log_change.grad) == pytest.approx((0.5 - 0.26) + (0.5 - 0.74) + 5.0)
+    assert x.grad.tolist() == [1, 1, 0]
 
 
 def test_learned_rounding_beats_rounding_to_nearest(job: QuantizationJob) -> None:

@@ -1,6 +1,6 @@
 """Step: train the quantized detector to repeat the float detector's outputs; no labels needed.
 
-Weights, biases and weight scales learn together through straight-through estimators, on the
+Weights, biases, and the scales of weights and activations learn together through straight-through estimators, on the
 calibration pictures, flipped and resized at random. The best state is chosen on calibration pictures
 held back from training. References: Hinton et al. (arXiv:1503.02531); LLM-QAT (arXiv:2305.17888) for
 label-free distillation of a quantized network from itself.
@@ -32,7 +32,7 @@ WARM_UP = 10
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights become points of their grid again; zero points and activation scales stay.
+    """Weights become points of their grid again; zero points stay.
 
     Rates are Adam's, at the start of a cosine: `learning_rate` in weight steps of a 4-bit grid,
     `scale_rate` relative, `bias_rate` absolute. One picture in ten is held back to choose the best of
@@ -86,7 +86,7 @@ class Distillation:
         groups: list[dict[str, object]] = []
         for layer in trainable_layers(twin).values():
             groups.append({"params": [layer.units], "lr": self.learning_rate * layer.limit / 7})
-            groups.append({"params": [layer.log_change], "lr": self.scale_rate})
+            groups.append({"params": [layer.log_change, layer.input_log_change], "lr": self.scale_rate})
             groups.append({"params": [layer.bias], "lr": self.bias_rate})
         return groups
 

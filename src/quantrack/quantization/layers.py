@@ -193,6 +193,13 @@ class ActivationQuantization:
         return (self.scale, self.zero_point, *((-128, 127) if self.signed else (0, 255)))
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The range that `set_activation_range` makes this grid of."""
+        if self.signed:  # one integer more lies below zero than above
+            return (-127 * self.scale, 127 * self.scale)
+        return (self.minimum, self.maximum)
+
+    @property
     def minimum(self) -> float:
         return (-128 if self.signed else 0 - self.zero_point) * self.scale
 

@@ -91,10 +91,10 @@ def outputs_and_features(apart: Divergence) -> Tensor:
 
 
 def range_of(layer: qnn.QuantConv2d) -> Range:
-    """The ends of a layer's input grid."""
+    """The range of a layer's input grid."""
     chosen = activation_quantization(layer)
     assert chosen is not None
-    return chosen.minimum, chosen.maximum
+    return chosen.range
 
 
 def clipped(whole: Range, shrink: float) -> Range:

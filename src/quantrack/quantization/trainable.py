@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import brevitas.nn as qnn
@@ -20,6 +21,7 @@ from torch.nn.functional import conv2d
 from quantrack.quantization.layers import (
     activation_quantization,
     quantized_layers,
+    set_activation_range,
     set_weight_scale,
     weight_bits,
     weight_limit,
@@ -41,30 +43,38 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Round to an integer grid and back, in place where it can be; clipped values get no gradient."""
+class FakeQuantize(torch.autograd.Function):
+    """Round to an integer grid and back; clipped values get no gradient.
+
+    `log_change` is the logarithm of a factor of the scale; its gradient is that of learned step size
+    quantization (Esser et al., arXiv:1902.08153): of the rounding error, or of the clipped value.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
         x: Tensor,
-        scale: float,
-        zero_point: int,
-        lowest: int,
-        highest: int,
+        log_change: Tensor,
+        grid: tuple[float, int, int, int],
     ) -> Tensor:
-        integers = torch.round(x / scale).add_(zero_point)
-        ctx.save_for_backward((integers >= lowest) & (integers <= highest))
-        return integers.clamp_(lowest, highest).sub_(zero_point).mul_(scale)
+        scale, zero_point, lowest, highest = grid
+        step = scale * log_change.exp()
+        integers = torch.round(x / step).add_(zero_point)
+        inside = (integers >= lowest) & (integers <= highest)
+        output = integers.clamp_(lowest, highest).sub_(zero_point).mul_(step)
+        ctx.save_for_backward(inside, output - x * inside)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        inside, by_scale = ctx.saved_tensors
+        return gradient * inside, (gradient * by_scale).sum(), None
 
 
 class TrainableConvolution(nn.Module):
     """A convolution with `units` (weights over their scale), `log_change` of the scales, and a bias.
+
+    `input_log_change` is that of its input's scale; where activations stay float it has no effect.
 
     `set_rounding` replaces the way in which units become integers, which is straight through at first.
     """
@@ -82,12 +92,13 @@ class TrainableConvolution(nn.Module):
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         chosen = activation_quantization(layer)
         self.input_grid = None if chosen is None else chosen.grid
+        self.input_log_change = nn.Parameter(torch.zeros((), device=scale.device))
         # in a list, so that torch does not take a module given for it as a part of this one
         self.rounding: list[Callable[[Tensor], Tensor]] = [self.round_straight_through]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_grid is not None:
-            x = _FakeQuantize.apply(x, *self.input_grid)  # type: ignore[no-untyped-call]
+            x = FakeQuantize.apply(x, self.input_log_change, self.input_grid)  # type: ignore[no-untyped-call]
         output: Tensor = conv2d(x, self.weight(), self.bias, *self.geometry)
         return output
 
@@ -137,12 +148,16 @@ def trainable_layers(twin: nn.Module) -> dict[str, TrainableConvolution]:
 
 @torch.no_grad()
 def take_over(model: nn.Module, trained_layers: Mapping[str, TrainableConvolution]) -> None:
-    """Give the quantized model the trained layers' rounded weights, scales and biases."""
+    """Give the quantized model the trained layers' rounded weights, scales and biases, and inputs' scales."""
     layers = quantized_layers(model)
     for name, trained in trained_layers.items():
         layer = layers[name]
         set_weight_scale(layer, trained.current_scale())
         layer.weight.data.copy_(trained.weight())
+        chosen = activation_quantization(layer)
+        if chosen is not None:
+            learned = replace(chosen, scale=chosen.scale * float(trained.input_log_change.exp()))
+            set_activation_range(layer, *learned.range)
         if layer.bias is None:
             layer.bias = nn.Parameter(trained.bias.detach().clone(), requires_grad=False)
         else:

@@ -24,9 +24,9 @@ def test_a_recipe_written_down_reads_as_the_same_steps(name: str, tmp_path: Path
     assert parse_recipe(str(path)) == Recipe("own", RECIPES[name])
 
 
-def test_the_strict_recipe_of_the_benchmarks_is_the_default_without_8_bits() -> None:
+def test_the_strict_recipe_of_the_benchmarks_is_the_best_without_8_bits() -> None:
     strict = parse_recipe(str(Path(__file__).parents[2] / "benchmarks/recipes/strict.yaml"))
-    assert strict.steps == (InsertQuantizers(roles_at_8_bits=()), *RECIPES["default"][1:])
+    assert strict.steps == (InsertQuantizers(roles_at_8_bits=()), *RECIPES["best"][1:])
 
 
 def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ class PtqSettings(SharedSettings):
         super().__post_init__()
         scheme = parse_mode(self.mode)
         parse_recipe(self.recipe)
+        choices = parse_plan_bits(self.plan_bits)
         _require(not (self.plan and self.avg_bits), f"avg_bits={self.avg_bits}: the plan has its own bits; give one")
         if self.plan:
             _require(
@@ -103,7 +104,7 @@ class PtqSettings(SharedSettings):
                 f"plan={self.plan}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
             )
         if self.avg_bits:
-            _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits), scheme)
+            _require_budget(self.avg_bits, choices, scheme)
 
 
 @dataclass(frozen=True)

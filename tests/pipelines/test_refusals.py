@@ -17,7 +17,7 @@ CASES = {
     "recipe": (("--recipe", "magic"), 2, "recipe=magic: unknown recipe"),
     "recipe file": (("--recipe", "gone.yaml"), 2, "recipe=gone.yaml: cannot be read"),
     "budget": (("--avg-bits", "3.5"), 2, "avg_bits=3.5: must lie between 4 and 8"),
-    "plan bits": (("--avg-bits", "4.5", "--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
+    "plan bits": (("--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
     "budget text": (("--avg-bits", "few"), 2, "avg_bits=few: not a number"),
     "plan of 4 bits": (
         ("--plan", "plan.json", "--mode", "w8a8"),

@@ -122,8 +122,9 @@ class Gptq:
         trials = weight.repeat(1, len(self.scale_factors), 1)
         rounded = self.round(trials, hessian, scales, weight_limit(bits))
         rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
+        firm = damped(hessian, self.damping)
         for _ in range(self.sweeps):
-            rounded, chosen = refined(weight, rounded, chosen, damped(hessian, self.damping), weight_limit(bits))
+            rounded, chosen = refined(weight, rounded, chosen, firm, weight_limit(bits))
         errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
         set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))

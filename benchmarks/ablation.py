@@ -1,0 +1,79 @@
+"""Measure the recipe as it grows, one step at a time, on labelled train pictures: docs/accuracy.md's ablation.
+
+    python benchmarks/ablation.py MODEL DATA_ROOT --name yolov10n-train243
+
+DATA_ROOT needs `annotations/instances_train2017.json`; the development pictures are those in it that
+are not calibration pictures, so no evaluation picture is looked at. All rungs of the ladder share one
+bit plan. Writes `benchmarks/results/ablation-NAME.json` and `.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import mlflow
+import typer
+import yaml
+from accuracy_table import ROOT, markdown, write_results
+
+CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"
+CALIBRATED = ["insert_quantizers", "observe_activations", "mse_weight_scales", "min_max_activation_ranges"]
+PLAIN = {"importance_share": 0.0, "scale_factors": [1.0], "sweeps": 0}
+# Each rung keeps what the one before it has.
+LADDER: dict[str, list[object]] = {
+    "1-nearest": [*CALIBRATED],
+    "2-bias-correction": [*CALIBRATED, "bias_correction"],
+    "3-gptq": [*CALIBRATED, {"gptq": PLAIN}, "bias_correction"],
+    "4-importance": [*CALIBRATED, {"gptq": {"scale_factors": [1.0], "sweeps": 0}}, "bias_correction"],
+    "5-scale-factors": [*CALIBRATED, {"gptq": {"sweeps": 0}}, "bias_correction"],
+    "6-sweeps": [*CALIBRATED, "gptq", "bias_correction"],
+    "7-range-search": [*CALIBRATED, "activation_range_search", "gptq", "bias_correction"],
+    "8-mirrored": [*CALIBRATED, "activation_range_search", {"gptq": {"mirrored": True}}, "bias_correction"],
+}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint, as for the entry points.")],
+    data_root: Annotated[Path, typer.Argument(help="Data root with annotated train2017 pictures.")],
+    name: Annotated[str, typer.Option(help="Name of the result files.")],
+    avg_bits: Annotated[float, typer.Option(help="Budget of the bit plan.")] = 4.5,
+) -> None:
+    """Measure the ladder and write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        development = development_root(data_root.resolve(), Path(folder))
+        shared = {
+            "model": model, "data_root": str(development), "mode": "w4a8", "avg_bits": str(avg_bits),
+            "eval_images": "0", "latency_runs": "10",
+        }  # fmt: skip
+        runs = []
+        for rung, steps in LADDER.items():
+            recipe = Path(folder) / f"{rung}.yaml"
+            recipe.write_text(yaml.safe_dump({"steps": steps}))
+            submitted = mlflow.projects.run(
+                str(ROOT), "ptq", parameters=shared | {"recipe": str(recipe)}, env_manager="local",
+                experiment_name=f"ablation-{name}",
+            )  # fmt: skip
+            runs.append(mlflow.get_run(submitted.run_id))
+            write_results(runs, f"ablation-{name}", 10)
+    print(markdown(runs))
+
+
+def development_root(data_root: Path, folder: Path) -> Path:
+    """A data root in `folder` whose evaluation pictures are the annotated train pictures not calibrated on."""
+    calibrated = {Path(line.strip()).name for line in CALIBRATION.read_text().splitlines()}
+    content = json.loads((data_root / "annotations/instances_train2017.json").read_text())
+    content["images"] = [image for image in content["images"] if image["file_name"] not in calibrated]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [box for box in content["annotations"] if box["image_id"] in kept]
+    (folder / "annotations").mkdir()
+    (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    for part in ("train2017", "val2017"):
+        (folder / part).symlink_to(data_root / "train2017")
+    return folder
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -16,23 +16,26 @@ from typing import Annotated
 
 import mlflow
 import typer
-import yaml
 from accuracy_table import ROOT, markdown, write_results
 
+from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
+
 CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"
-CALIBRATED = ["insert_quantizers", "observe_activations", "mse_weight_scales", "min_max_activation_ranges"]
-PLAIN = {"importance_share": 0.0, "scale_factors": [1.0], "sweeps": 0}
+PLAIN = Gptq(importance_share=0.0, scale_factors=(1.0,), sweeps=0)
 # Each rung keeps what the one before it has.
-LADDER: dict[str, list[object]] = {
-    "1-nearest": [*CALIBRATED],
-    "2-bias-correction": [*CALIBRATED, "bias_correction"],
-    "3-gptq": [*CALIBRATED, {"gptq": PLAIN}, "bias_correction"],
-    "4-importance": [*CALIBRATED, {"gptq": {"scale_factors": [1.0], "sweeps": 0}}, "bias_correction"],
-    "5-scale-factors": [*CALIBRATED, {"gptq": {"sweeps": 0}}, "bias_correction"],
-    "6-sweeps": [*CALIBRATED, "gptq", "bias_correction"],
-    "7-range-search": [*CALIBRATED, "activation_range_search", "gptq", "bias_correction"],
-    "8-mirrored": [*CALIBRATED, "activation_range_search", {"gptq": {"mirrored": True}}, "bias_correction"],
-}
+LADDER = (
+    Recipe("1-nearest", CALIBRATED),
+    Recipe("2-bias-correction", (*CALIBRATED, BiasCorrection())),
+    Recipe("3-gptq", (*CALIBRATED, PLAIN, BiasCorrection())),
+    Recipe("4-importance", (*CALIBRATED, Gptq(scale_factors=(1.0,), sweeps=0), BiasCorrection())),
+    Recipe("5-scale-factors", (*CALIBRATED, Gptq(sweeps=0), BiasCorrection())),
+    Recipe("6-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
+    Recipe("7-range-search", RECIPES["default"]),
+    Recipe("8-mirrored", RECIPES["best"]),
+)
+LATENCY_RUNS = 10
 
 
 def main(
@@ -46,25 +49,28 @@ def main(
         development = development_root(data_root.resolve(), Path(folder))
         shared = {
             "model": model, "data_root": str(development), "mode": "w4a8", "avg_bits": str(avg_bits),
-            "eval_images": "0", "latency_runs": "10",
+            "eval_images": "0", "latency_runs": str(LATENCY_RUNS),
         }  # fmt: skip
         runs = []
-        for rung, steps in LADDER.items():
-            recipe = Path(folder) / f"{rung}.yaml"
-            recipe.write_text(yaml.safe_dump({"steps": steps}))
+        for rung in LADDER:
+            recipe = Path(folder) / f"{rung.name}.yaml"
+            recipe.write_text(rung.text())
             submitted = mlflow.projects.run(
                 str(ROOT), "ptq", parameters=shared | {"recipe": str(recipe)}, env_manager="local",
                 experiment_name=f"ablation-{name}",
             )  # fmt: skip
             runs.append(mlflow.get_run(submitted.run_id))
-            write_results(runs, f"ablation-{name}", 10)
+            write_results(runs, f"ablation-{name}", LATENCY_RUNS)
     print(markdown(runs))
 
 
 def development_root(data_root: Path, folder: Path) -> Path:
     """A data root in `folder` whose evaluation pictures are the annotated train pictures not calibrated on."""
     calibrated = {Path(line.strip()).name for line in CALIBRATION.read_text().splitlines()}
-    content = json.loads((data_root / "annotations/instances_train2017.json").read_text())
+    annotations = data_root / "annotations/instances_train2017.json"
+    if not annotations.is_file():
+        raise typer.BadParameter(f"{annotations} does not exist; DATA_ROOT needs annotated train2017 pictures")
+    content = json.loads(annotations.read_text())
     content["images"] = [image for image in content["images"] if image["file_name"] not in calibrated]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [box for box in content["annotations"] if box["image_id"] in kept]

@@ -36,14 +36,14 @@ def sensitivity(settings: SensitivitySettings) -> None:
     log_inputs(evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
-    trials = LayerTrials(bits=parse_plan_bits(settings.plan_bits))
+    bits = parse_plan_bits(settings.plan_bits)
     if settings.measure == "mAP":
         score = partial(
             score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz, device=device
         )
-        rows, unit = measure_score_sensitivity(job, trials, score), "mAP50-95 lost"
+        rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:
-        rows, unit = kept_sensitivity(job, trials).rows, "divergence of raw outputs"
+        rows, unit = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows, "divergence of raw outputs"
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
 
 

@@ -21,7 +21,7 @@ from quantrack.schemes import Scheme, parse_mode
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 HEADS = ("one2one", "one2many")
-MEASURES = ("output", "mAP")
+MEASURES = ("gradient", "output", "mAP")
 PRECISIONS = ("fp32", "fp16")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
 
@@ -90,7 +90,7 @@ class PtqSettings(SharedSettings):
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
-    plan_bits: str = _setting("4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,8 +113,10 @@ class SensitivitySettings(SharedSettings):
 
     mode: str = _setting("w4a8", "w4a8 or w4a16.")
     avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
-    plan_bits: str = _setting("4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
-    measure: str = _setting("output", "output (calibration pictures) or mAP (evaluation pictures, slow).")
+    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    measure: str = _setting(
+        "gradient", "gradient or output (calibration pictures), or mAP (evaluation pictures, slow)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

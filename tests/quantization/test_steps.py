@@ -10,7 +10,8 @@ from quantrack.errors import UsageError
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
-from quantrack.quantization.gptq import Gptq, channel_errors, damped, refined
+from quantrack.quantization.coordinate_descent import channel_errors, damped, refined, refined_jointly
+from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
@@ -137,8 +138,8 @@ def test_gptq_sees_pictures_mirrored_where_asked(make_job: MakeJob) -> None:
 
 def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
     weight, scale = torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
-    rounded = Gptq().round(weight, torch.eye(5).expand(2, 5, 5), scale, 7)
-    torch.testing.assert_close(rounded, torch.clamp(torch.round(weight / 0.3), -7, 7) * 0.3)
+    rounded = Gptq().round(weight, torch.eye(5).expand(2, 5, 5), scale, 4)
+    torch.testing.assert_close(rounded, torch.clamp(torch.round(weight / 0.3), -8, 7) * 0.3)
 
 
 def test_coordinate_descent_lessens_the_error_and_stays_on_the_grid() -> None:
@@ -146,16 +147,32 @@ def test_coordinate_descent_lessens_the_error_and_stays_on_the_grid() -> None:
     inputs = torch.randn(2, 40, 12, generator=generator) @ torch.randn(2, 12, 12, generator=generator)
     hessian = damped(inputs.transpose(1, 2) @ inputs / 40, 0.01)
     weight, scale = torch.randn(2, 6, 12, generator=generator), torch.full((2, 6), 0.3)
-    rounded = torch.clamp(torch.round(weight / 0.3), -7, 7) * 0.3
+    rounded = torch.clamp(torch.round(weight / 0.3), -8, 7) * 0.3
     errors = [channel_errors(rounded - weight, hessian)]
     for _ in range(3):
-        rounded, scale = refined(weight, rounded, scale, hessian, 7)
+        rounded, scale = refined(weight, rounded, scale, hessian, 4)
         errors.append(channel_errors(rounded - weight, hessian))
     assert all((after <= before * 1.0001).all() for before, after in itertools.pairwise(errors))
     assert errors[-1].sum() < 0.7 * errors[0].sum()
     integers = rounded / scale[:, :, None]
     torch.testing.assert_close(integers, integers.round())
-    assert integers.abs().max() < 7.001
+    assert -8.001 < integers.min() < integers.max() < 7.001
+
+
+def test_joint_descent_lessens_the_error_of_all_channels_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(40, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    inputs = damped((mixed.T @ mixed / 40)[None], 0.01)[0]
+    gradients = torch.randn(30, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    outputs = gradients.T @ gradients / 30
+    weight, scale = torch.randn(6, 12, generator=generator), torch.full((6,), 0.3)
+    rounded = torch.clamp(torch.round(weight / 0.3), -8, 7) * 0.3
+    moved = refined_jointly(weight, rounded, scale, inputs, outputs, 4)
+    errors = [float(torch.trace(outputs @ change @ inputs @ change.T)) for change in (rounded - weight, moved - weight)]
+    assert errors[1] < 0.7 * errors[0]
+    torch.testing.assert_close(moved / 0.3, (moved / 0.3).round())
+    again = refined_jointly(weight, moved, scale, inputs, outputs, 4)
+    assert float(torch.trace(outputs @ (again - weight) @ inputs @ (again - weight).T)) <= errors[1] * 1.0001
 
 
 def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:
@@ -202,6 +219,7 @@ def test_unknown_recipe() -> None:
         lambda: Gptq(damping=0),
         lambda: Gptq(positions=0),
         lambda: Gptq(sweeps=-1),
+        lambda: Gptq(output_share=1.0),
         lambda: MseWeightScales(candidates=1),
         lambda: InsertQuantizers(activation="fp8"),
     ],

@@ -23,6 +23,7 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import weight_limit
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 
 PAD = 114 / 255  # the letterbox's grey
@@ -85,7 +86,7 @@ class Distillation:
         """One group a parameter, as units of an 8-bit grid are finer than those of a 4-bit one."""
         groups: list[dict[str, object]] = []
         for layer in trainable_layers(twin).values():
-            groups.append({"params": [layer.units], "lr": self.learning_rate * layer.limit / 7})
+            groups.append({"params": [layer.units], "lr": self.learning_rate * weight_limit(layer.bits) / 7})
             groups.append({"params": [layer.log_change, layer.input_log_change], "lr": self.scale_rate})
             groups.append({"params": [layer.bias], "lr": self.bias_rate})
         return groups

@@ -7,7 +7,8 @@ goes on. Two passes over the pictures, one to look and one to go on, and one for
 pass for the importance of positions, however many layers there are.
 
 What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error
-there reaches the detections (`importance`), as nearly all of a picture is background.
+there reaches the detections (`importance`), as nearly all of a picture is background; and an output
+channel's rounding makes up for errors of others that move the detections the same way.
 """
 
 from __future__ import annotations
@@ -26,16 +27,23 @@ from quantrack.detector.heads import head_levels
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
-from quantrack.quantization.importance import position_importance
+from quantrack.quantization.coordinate_descent import (
+    channel_errors,
+    damped,
+    refined,
+    refined_jointly,
+    towards_diagonal,
+)
+from quantrack.quantization.importance import output_importance
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
+    clamp_integers,
     fake_quantize,
     layers_of_block,
     quantized_input,
     quantized_layers,
     set_weight_scale,
     weight_bits,
-    weight_limit,
     weight_scale,
 )
 
@@ -46,13 +54,18 @@ INPUTS = ("float", "quantized")
 class Gptq:
     """Weights become points of their grid, which each output channel chooses: of its scale times each
     of `scale_factors`, the one that leaves the least error after rounding. `sweeps` of coordinate
-    descent then lessen the error further.
+    descent then lessen the error of each output channel further, and `output_sweeps` that of all
+    channels together, whose covariances count by `output_share`.
+
+    With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
+    mean is left to the bias correction that must follow.
 
     W8 modes are left to rounding to nearest, which loses nothing there that 100 pictures could show.
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
     probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
-    blocks before give. With `mirrored` each picture is seen mirrored as well.
+    blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
+    alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
 
     Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers are worked off in as
     many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`,
@@ -63,8 +76,11 @@ class Gptq:
     importance_share: float = 0.7
     inputs: str = "float"
     mirrored: bool = False
+    centred: bool = True
     scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     sweeps: int = 3
+    output_sweeps: int = 2
+    output_share: float = 0.9
     damping: float = 0.01
     block: int = 128
     memory_gb: float = 2.0
@@ -72,8 +88,12 @@ class Gptq:
     def __post_init__(self) -> None:
         if self.positions < 1 or self.block < 1 or not 0 < self.damping < 1 or self.memory_gb <= 0:
             raise UsageError("gptq: positions, block and memory_gb must be positive and damping in 0..1")
-        if not self.scale_factors or min(self.scale_factors) <= 0 or self.sweeps < 0:
-            raise UsageError("gptq: scale_factors must be positive, at least one, and sweeps not negative")
+        if not self.scale_factors or min(self.scale_factors) <= 0 or min(self.sweeps, self.output_sweeps) < 0:
+            raise UsageError(
+                "gptq: scale_factors must be positive, at least one, and sweeps and output_sweeps not negative"
+            )
+        if not 0 <= self.output_share < 1:
+            raise UsageError("gptq: output_share must be at least 0 and less than 1")
         if not 0 <= self.importance_share <= 1 or self.inputs not in INPUTS:
             raise UsageError(f"gptq: importance_share must lie in 0..1 and inputs be {' or '.join(INPUTS)}")
 
@@ -82,9 +102,9 @@ class Gptq:
             return {}
         before = after = 0.0
         layers = quantized_layers(job.model)
-        for hessians in self.hessians(job, job.float_model if self.inputs == "float" else job.model):
-            for name, hessian in hessians.items():
-                errors = self.round_layer(layers[name], hessian)
+        for curvatures in self.curvatures(job, job.float_model if self.inputs == "float" else job.model):
+            for name, curvature in curvatures.items():
+                errors = self.round_layer(layers[name], curvature)
                 before, after = before + errors[0], after + errors[1]
         return {"error_before": before, "error_after": after}
 
@@ -95,8 +115,8 @@ class Gptq:
             if self.mirrored:
                 yield batch.flip(-1)
 
-    def hessians(self, job: QuantizationJob, seen: nn.Module) -> Iterator[Mapping[str, Tensor]]:
-        """Hessians by layer name, a few layers at a time in network order, of the inputs in `seen`.
+    def curvatures(self, job: QuantizationJob, seen: nn.Module) -> Iterator[Mapping[str, Curvature]]:
+        """Curvatures by layer name, a few layers at a time in network order, of the inputs in `seen`.
 
         `seen` is the float model or the job's own; layers of the latter are to be rounded before the
         next are asked for, as later ones see what they give.
@@ -108,23 +128,28 @@ class Gptq:
                 weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
                 for names in self.chunks(layers):
                     with unrounded(layers, weights):  # so that several looks give what one would
-                        hessians = collect_hessians(walk, block, names, positions)
-                    yield hessians
+                        curvatures = collect_curvatures(walk, block, names, positions)
+                    yield curvatures
                 walk.advance(block)
 
-    def round_layer(self, layer: qnn.QuantConv2d, hessian: Tensor) -> tuple[float, float]:
+    def round_layer(self, layer: qnn.QuantConv2d, curvature: Curvature) -> tuple[float, float]:
         """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""
         bits, scale = weight_bits(layer), weight_scale(layer)
+        hessian = curvature.centred if self.centred else curvature.inputs
         weight = grouped(layer.weight.detach(), layer.groups)
         nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
         factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
         scales = scale.reshape(layer.groups, -1).repeat(1, len(self.scale_factors)) * factors
         trials = weight.repeat(1, len(self.scale_factors), 1)
-        rounded = self.round(trials, hessian, scales, weight_limit(bits))
+        rounded = self.round(trials, hessian, scales, bits)
         rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
         firm = damped(hessian, self.damping)
         for _ in range(self.sweeps):
-            rounded, chosen = refined(weight, rounded, chosen, firm, weight_limit(bits))
+            rounded, chosen = refined(weight, rounded, chosen, firm, bits)
+        if curvature.outputs is not None and layer.groups == 1:
+            outputs = towards_diagonal(curvature.outputs, self.output_share)
+            for _ in range(self.output_sweeps):
+                rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], outputs, bits)[None]
         errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
         set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
@@ -144,17 +169,17 @@ class Gptq:
         if names:
             yield names
 
-    def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, limit: int) -> Tensor:
+    def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
         order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
         columns = order[:, None, :].expand_as(weight)
         rows = order[:, :, None].expand_as(hessian)
         sorted_hessian = hessian.gather(1, rows).gather(2, rows.transpose(1, 2))
         factor = inverse_factor(sorted_hessian, self.damping)
-        rounded = self._round_sorted(weight.gather(2, columns), factor, scale, limit)
+        rounded = self._round_sorted(weight.gather(2, columns), factor, scale, bits)
         return torch.empty_like(weight).scatter_(2, columns, rounded)
 
-    def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, limit: int) -> Tensor:
+    def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
         rounded = torch.empty_like(weight)
         size = weight.shape[2]
         for start in range(0, size, self.block):
@@ -163,7 +188,7 @@ class Gptq:
             own = factor[:, start:stop, start:stop]
             for i in range(stop - start):
                 column = part[:, :, i]
-                nearest = torch.clamp(torch.round(column / scale), -limit, limit) * scale
+                nearest = clamp_integers(torch.round(column / scale), bits) * scale
                 rounded[:, :, start + i] = nearest
                 error = (column - nearest) / own[:, i, i, None]
                 part[:, :, i:] -= error[:, :, None] * own[:, None, i, i:]
@@ -172,30 +197,53 @@ class Gptq:
         return rounded
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """What a change of one layer's weights does to the detections, to second order, up to a factor.
+
+    `inputs` [G, D, D] is the mean outer product of input columns at the drawn positions, `drawn_mean` and
+    `mean` [G, D] their mean there and at all positions. `outputs` [O, O] is the covariance of the gradients
+    of the layer's outputs; None where no gradients are taken.
+    """
+
+    inputs: Tensor
+    drawn_mean: Tensor
+    mean: Tensor
+    outputs: Tensor | None
+
+    @property
+    def centred(self) -> Tensor:
+        """As `inputs`, of the columns' differences from `mean`."""
+        cross = self.drawn_mean[:, :, None] * self.mean[:, None, :]
+        return self.inputs - cross - cross.transpose(1, 2) + self.mean[:, :, None] * self.mean[:, None, :]
+
+
 class _Positions:
-    """Which output positions of a layer a Hessian is made of."""
+    """Which output positions of a layer a Hessian is made of, and the gradients that say so."""
 
     def __init__(self, settings: Gptq, job: QuantizationJob) -> None:
         self.settings = settings
         self.generator = torch.Generator().manual_seed(job.seed)
         self.importance: list[dict[str, Tensor]] = []
-        if settings.importance_share > 0 and head_levels(job.float_model):
+        self.outputs: dict[str, Tensor] = {}
+        if (settings.importance_share > 0 or settings.output_sweeps > 0) and head_levels(job.float_model):
             names = list(quantized_layers(job.model))
             count = job.batch_count * (2 if settings.mirrored else 1)
-            self.importance = [
-                position_importance(job.float_model, names, pictures, self.generator)
-                for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count)
-            ]
+            for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count):
+                found = output_importance(job.float_model, names, pictures, self.generator)
+                self.importance.append({name: seen.positions.cpu() for name, seen in found.items()})
+                for name, seen in found.items():
+                    self.outputs[name] = self.outputs.get(name, 0) + seen.covariance
 
     def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
         """Indices of positions of one batch, with repetition; None for all of them."""
         count = self.settings.positions
         if available <= count:
             return None
-        if not self.importance:
+        if not self.importance or self.settings.importance_share == 0:
             return torch.randint(available, (count,), generator=self.generator)
         share = self.settings.importance_share
-        importance = self.importance[batch][name].flatten().cpu()
+        importance = self.importance[batch][name].flatten()
         total = float(importance.sum())
         if total == 0:  # nothing that this layer does reaches a detection
             return torch.randint(available, (count,), generator=self.generator)
@@ -204,20 +252,22 @@ class _Positions:
 
 
 @torch.no_grad()
-def collect_hessians(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Tensor]:
-    """Mean outer product of each layer's input columns, shape [groups, D, D] each."""
-    sums: dict[str, Tensor] = {}
+def collect_curvatures(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Curvature]:
+    """Of the named layers of one block, from one look at all of its input batches."""
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     current = 0
 
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
         x = quantized_input(layer, inputs[0]) if isinstance(layer, qnn.QuantConv2d) else inputs[0]
         columns = input_columns(x, layer)
+        mean = columns.mean(dim=2)
         drawn = positions.drawn(name, current, columns.shape[2])
         if drawn is not None:
             columns = columns[:, :, drawn.to(columns.device)]
-        product = columns @ columns.transpose(1, 2) / columns.shape[2]
-        sums[name] = sums[name] + product if name in sums else product
+        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean
+        before = sums.get(name)
+        sums[name] = seen if before is None else (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
 
     handles = [
         walk.model.get_submodule(name).register_forward_pre_hook(
@@ -231,7 +281,11 @@ def collect_hessians(walk: BlockWalk, block: Block, names: list[str], positions:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / walk.batch_count for name, total in sums.items()}
+    count = walk.batch_count
+    return {
+        name: Curvature(inputs / count, drawn_mean / count, mean / count, positions.outputs.get(name))
+        for name, (inputs, drawn_mean, mean) in sums.items()
+    }
 
 
 @contextmanager
@@ -271,40 +325,6 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Hessians [G, D, D] with a share of their mean diagonal added to the diagonal."""
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    # inputs that are always zero get a unit diagonal: their weights then round to nearest
-    ridge = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal.mean(dim=1, keepdim=True) == 0)
-    return hessian + torch.diag_embed(ridge.expand_as(diagonal))
-
-
-def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Rounded weights [G, O/G, D] and scales [G, O/G] of less error: one sweep of coordinate descent.
-
-    Each channel's scale becomes the best for its integers, then each integer in turn the best for all
-    others (Behdin et al., "QuantEase", arXiv:2309.01885). No step makes the error larger.
-    """
-    integers = torch.round(rounded / scale[:, :, None])
-    weighted = integers @ hessian
-    power = (weighted * integers).sum(dim=2)
-    best = (weighted * weight).sum(dim=2) / power.clamp_min(1e-30)
-    scale = torch.where((power > 0) & (best > 0), best, scale)
-    gradient = (integers * scale[:, :, None] - weight) @ hessian
-    curvature = hessian.diagonal(dim1=1, dim2=2)
-    for i in range(integers.shape[2]):
-        wanted = integers[:, :, i] - gradient[:, :, i] / (curvature[:, None, i] * scale)
-        change = wanted.round().clamp(-limit, limit) - integers[:, :, i]
-        integers[:, :, i] += change
-        gradient += (change * scale)[:, :, None] * hessian[:, None, i]
-    return integers * scale[:, :, None], scale
-
-
-def channel_errors(difference: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared change of each output channel, [G, O/G], for a change of weight [G, O/G, D]."""
-    return torch.einsum("god,god->go", difference @ hessian, difference)
 
 
 def best_of_each(rounded: Tensor, scales: Tensor, errors: Tensor, channels: int) -> tuple[Tensor, Tensor]:

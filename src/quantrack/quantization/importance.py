@@ -9,6 +9,7 @@ how much an error of it moves the score or the box: an estimate of the Gauss-New
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,34 @@ from quantrack.detector.heads import RawOutputs, raw_outputs
 from quantrack.quantization.divergence import BOX_SIDES, bins_of
 
 
-def position_importance(
+@dataclass(frozen=True)
+class OutputImportance:
+    """Of one convolution's outputs, for one batch; every picture counts alike.
+
+    `positions` [B, H, W] is each position's share of its picture's importance; `covariance` [O, O] that of
+    the gradients of the output channels, summed over positions and pictures.
+    """
+
+    positions: Tensor
+    covariance: Tensor
+
+
+def output_importance(
     model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Of each named convolution's output positions, shape [B, H, W], for one batch [B, 3, S, S]."""
-    found: dict[str, Tensor] = {}
+) -> dict[str, OutputImportance]:
+    """Of each named convolution, for one batch [B, 3, S, S].
+
+    A picture's gradients are divided by their norm: a few pictures have gradients a hundred times those
+    of others, from a single output whose linear approximation goes much too far.
+    """
+    found: dict[str, OutputImportance] = {}
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            found[name] = gradient.square().sum(dim=1)
+            flat = gradient.flatten(2)
+            shares = flat / flat.square().sum(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-30)
+            positions = shares.square().sum(dim=1).reshape(-1, *gradient.shape[2:])
+            found[name] = OutputImportance(positions, torch.einsum("bop,bqp->oq", shares, shares))
 
         def watch_output(module: nn.Module, inputs: object, output: Tensor) -> None:
             output.register_hook(keep)  # type: ignore[no-untyped-call]

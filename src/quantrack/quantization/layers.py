@@ -16,7 +16,6 @@ from brevitas.inject import this
 from brevitas.inject.enum import ScalingImplType
 from brevitas.quant.base import (
     IntQuant,
-    NarrowIntQuant,
     PerChannelFloatScaling8bit,
     PerTensorFloatScaling8bit,
     UintQuant,
@@ -27,11 +26,12 @@ from torch import Tensor, nn
 
 from quantrack.detector.blocks import Block
 
+INT8_BITS = 8
 UNSET = 12345.0  # marks a scale that no step has set yet; no calibration gives this very number
 
 
-class WeightPerChannel(NarrowIntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
-    """Symmetric weights, one scale per output channel, narrow range ([-7, 7] at 4 bits)."""
+class WeightPerChannel(IntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
+    """Weights with zero point 0 and one scale per output channel, in the range of `weight_range`."""
 
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
@@ -92,6 +92,7 @@ def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> qnn.QuantConv2d:
         bias=convolution.bias is not None,
         weight_quant=WeightPerChannel,
         weight_bit_width=plan.weight_bits,
+        weight_narrow_range=plan.weight_bits >= INT8_BITS,
         input_quant=ACTIVATION_QUANTIZERS[plan.activation] if plan.activation else None,
         return_quant_tensor=False,
     )
@@ -149,15 +150,30 @@ def weight_bits(layer: qnn.QuantConv2d) -> int:
 
 
 def weight_limit(bits: int) -> int:
-    """The largest integer of the narrow symmetric range: 7 at 4 bits, 127 at 8."""
+    """The largest integer of a weight: 7 at 4 bits, 127 at 8."""
     return (1 << (bits - 1)) - 1
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """The smallest and largest integer of a weight.
+
+    All of them below 8 bits (-8 to 7 at 4), as without -8 GPTQ's error at 4 bits is a tenth larger;
+    -127 to 127 at 8 bits, as integer kernels want it.
+    """
+    limit = weight_limit(bits)
+    return (-limit if bits >= INT8_BITS else -limit - 1), limit
+
+
+def clamp_integers(integers: Tensor, bits: int) -> Tensor:
+    """Integers within the range of so many bits: -8 to 7 at 4 bits."""
+    return integers.clamp(*weight_range(bits))
 
 
 def set_weight_scale(layer: qnn.QuantConv2d, scale: Tensor) -> None:
     """Set the scale per output channel, shape [out_channels]."""
     parameter = layer.weight_quant.tensor_quant.scaling_impl.value
-    limit = weight_limit(weight_bits(layer))  # Brevitas keeps the range, not the step
-    parameter.data.copy_((scale * limit).reshape(parameter.shape))
+    lowest, _ = weight_range(weight_bits(layer))
+    parameter.data.copy_((scale * -lowest).reshape(parameter.shape))  # Brevitas keeps the range, not the step
 
 
 def weight_scale(layer: qnn.QuantConv2d) -> Tensor:
@@ -219,6 +235,5 @@ def activation_quantization(layer: qnn.QuantConv2d) -> ActivationQuantization | 
 
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Round a weight [O, I/g, kh, kw] to its grid and back; scale has shape [O]."""
-    limit = weight_limit(bits)
     step = scale.reshape(-1, 1, 1, 1)
-    return torch.clamp(torch.round(weight / step), -limit, limit) * step
+    return clamp_integers(torch.round(weight / step), bits) * step

@@ -24,7 +24,7 @@ from quantrack.progress import track
 from quantrack.quantization.block_walk import BlockWalk
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import layers_of_block
+from quantrack.quantization.layers import clamp_integers, layers_of_block
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 
 STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
@@ -33,10 +33,10 @@ STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
 class SoftRounding(nn.Module):
     """Between floor and ceiling by a learned share `h` of each weight; `harden` makes it 0 or 1."""
 
-    def __init__(self, units: Tensor, limit: int) -> None:
+    def __init__(self, units: Tensor, bits: int) -> None:
         super().__init__()
-        inside = units.detach().clamp(-limit, limit)
-        self.limit = limit
+        inside = clamp_integers(units.detach(), bits)
+        self.bits = bits
         self.floor = inside.floor()
         low, high = STRETCH
         share = ((inside - self.floor - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
@@ -48,7 +48,7 @@ class SoftRounding(nn.Module):
         return (self.alpha.sigmoid() * (high - low) + low).clamp(0, 1)
 
     def forward(self, units: Tensor) -> Tensor:
-        return (self.floor + self.share()).clamp(-self.limit, self.limit)
+        return clamp_integers(self.floor + self.share(), self.bits)
 
     def undecided(self, exponent: float) -> Tensor:
         """Zero where every share is 0 or 1; AdaRound's equation 24."""
@@ -56,7 +56,7 @@ class SoftRounding(nn.Module):
 
     def harden(self, units: Tensor) -> Tensor:
         """The integers that the shares decided for."""
-        return (self.floor + (self.share() >= 0.5)).clamp(-self.limit, self.limit)
+        return clamp_integers(self.floor + (self.share() >= 0.5), self.bits)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class BlockReconstruction:
         """Train one block's roundings; its loss with rounding to nearest, and with the learned ones."""
         before = compare.mean_loss()
         layers = compare.layers
-        roundings = {name: SoftRounding(layer.units, layer.limit) for name, layer in layers.items()}
+        roundings = {name: SoftRounding(layer.units, layer.bits) for name, layer in layers.items()}
         for name, layer in layers.items():
             layer.set_rounding(roundings[name])
         optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings.values()], lr=self.learning_rate)

@@ -1,8 +1,9 @@
 """How much each convolution alone costs, quantized to few bits in a network that is float otherwise.
 
 The table that a bit plan is made of. Weights are rounded as a recipe would round them (MSE scales,
-then GPTQ), each layer is put alone into the float network, and the raw outputs are compared with the
-float ones over calibration pictures.
+then GPTQ). What that does to the float network's raw outputs is estimated for each layer from gradients
+over all calibration pictures, or measured: each layer is put alone into the float network, and the raw
+outputs, or a score, are compared with the float ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from quantrack.detector.roles import Role, convolution_roles
@@ -23,7 +25,8 @@ from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
 from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerCost, solve_bits
-from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.gptq import Gptq, grouped
+from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, StepReport, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
@@ -32,23 +35,41 @@ from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import Scheme
 
+MEASURES = ("gradient", "output")
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
-WeightsByLayer = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LayerTrials:
-    """Which bits each layer is tried at, and on how many of the calibration pictures."""
+    """Which bits each layer is tried at, and how.
 
-    bits: tuple[int, ...] = (4, 5, 6, 8)
+    `measure` is `gradient`, or `output` for trials on the first `images` calibration pictures.
+    """
+
+    bits: tuple[int, ...] = (3, 4, 5, 6, 8)
+    measure: str = "gradient"
     images: int = 32
     gptq_images: int = 100
 
     def __post_init__(self) -> None:
         if len(self.bits) < 2 or any(bits not in BIT_RANGE for bits in self.bits):
             raise UsageError(f"sensitivity: bits={self.bits}: give at least two of 2 to 8")
+        if self.measure not in MEASURES:
+            raise UsageError(f"sensitivity: measure={self.measure}: use {' or '.join(MEASURES)}")
         if self.images < 1 or self.gptq_images < 1:
             raise UsageError("sensitivity: images and gptq_images must be positive")
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """One convolution's weights on the grids of several numbers of bits, and its mean input columns [G, D]."""
+
+    by_bits: Mapping[int, Tensor]
+    mean_input: Tensor
+
+    @property
+    def weights(self) -> int:
+        return next(iter(self.by_bits.values())).numel()
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
             say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
             return kept
     began = time.perf_counter()
-    rows = measure_sensitivity(job, settings)
+    rows = _table(job, settings)
     seconds = time.perf_counter() - began
     records = [asdict(row) | {"role": row.role.value} for row in rows]
     write_json(path, {"seconds": seconds, "rows": records})
@@ -116,43 +137,66 @@ def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float) -
     return StepReport("Sensitivity", measured.seconds, {"planned_error": planned}, measured.cached)
 
 
-def measure_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+def _table(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+    rounded = rounded_weights(job, settings)
+    errors = estimated_errors(job, rounded) if settings.measure == "gradient" else tried_errors(job, rounded, settings)
+    roles = convolution_roles(job.float_model)
+    return tuple(LayerSensitivity(name, roles[name], layer.weights, errors[name]) for name, layer in rounded.items())
+
+
+def estimated_errors(job: QuantizationJob, rounded: Mapping[str, RoundedLayer]) -> dict[str, dict[int, float]]:
+    """The error of each convolution at each number of bits, alone, from gradients: a pass, and two back."""
+    changes: dict[str, dict[int, LayerChange]] = {}
+    for name, layer in rounded.items():
+        convolution = job.float_model.get_submodule(name)
+        assert isinstance(convolution, nn.Conv2d)
+        differences = {bits: weight - convolution.weight for bits, weight in layer.by_bits.items()}
+        changes[name] = {
+            bits: LayerChange(change, mean_change(change, layer.mean_input, convolution.groups))
+            for bits, change in differences.items()
+        }
+    return gradient_errors(job, changes)
+
+
+def mean_change(change: Tensor, mean_input: Tensor, groups: int) -> Tensor:
+    """What a change of weight [O, I/g, kh, kw] does to the mean outputs [O], for a mean input [G, D]."""
+    return torch.einsum("god,gd->go", grouped(change, groups), mean_input).flatten()
+
+
+def tried_errors(
+    job: QuantizationJob, rounded: Mapping[str, RoundedLayer], settings: LayerTrials
+) -> dict[str, dict[int, float]]:
     """The error of each convolution at each number of bits, alone; `job` is left as it was.
 
-    Time: two passes over the GPTQ pictures for each number of bits, and for each layer and number of
-    bits a part of a pass over `images` pictures.
+    Time: for each layer and number of bits a part of a pass over `images` pictures.
     """
-    candidates = rounded_weights(job, settings)
     probe = copy.deepcopy(job.float_model)
-    roles = convolution_roles(probe)
-    weights = candidates[settings.bits[0]]
     trials = {
-        name: {bits: partial(weights_replaced, probe, name, by_layer[name]) for bits, by_layer in candidates.items()}
-        for name in weights
+        name: {bits: partial(weights_replaced, probe, name, weight) for bits, weight in layer.by_bits.items()}
+        for name, layer in rounded.items()
     }
     few = first_pictures(job, settings.images)
-    errors = trial_errors(few, probe, trials, lambda apart: apart.outputs, "sensitivity")
-    return tuple(LayerSensitivity(name, roles[name], weights[name].numel(), errors[name]) for name in weights)
+    return trial_errors(few, probe, trials, lambda apart: apart.outputs, "sensitivity")
 
 
 def measure_score_sensitivity(
     job: QuantizationJob, settings: LayerTrials, score: Callable[[nn.Module], float]
 ) -> tuple[LayerSensitivity, ...]:
-    """As `measure_sensitivity`, the errors being what a score of the whole detector loses, at least 0.
+    """The table with what a score of the whole detector loses, at least 0, as errors.
 
     `score` takes a detector, as `job.float_model` is one; it is called once a layer and number of bits.
     """
-    candidates = rounded_weights(job, settings)
+    rounded = rounded_weights(job, settings)
     probe = copy.deepcopy(job.float_model)
     whole = score(probe)
     roles = convolution_roles(probe)
     rows = []
-    for name in track(list(candidates[settings.bits[0]]), "sensitivity by score"):
+    for name, layer in track(list(rounded.items()), "sensitivity by score"):
         errors = {}
-        for bits, by_layer in candidates.items():
-            with weights_replaced(probe, name, by_layer[name]):
+        for bits, weight in layer.by_bits.items():
+            with weights_replaced(probe, name, weight):
                 errors[bits] = max(0.0, whole - score(probe))
-        rows.append(LayerSensitivity(name, roles[name], candidates[settings.bits[0]][name].numel(), errors))
+        rows.append(LayerSensitivity(name, roles[name], layer.weights, errors))
     return tuple(rows)
 
 
@@ -161,20 +205,25 @@ def plan_bits(job: QuantizationJob, rows: Sequence[LayerSensitivity], average_bi
     return BitPlan(job.model_digest, solve_bits([row.cost for row in rows], average_bits))
 
 
-def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[int, WeightsByLayer]:
-    """Every convolution's weights by module name, on their grids of each of the numbers of bits."""
+def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, RoundedLayer]:
+    """Every convolution's weights by module name, on their grids of each of the numbers of bits.
+
+    Time: two passes over the GPTQ pictures, and one forward and back.
+    """
     few = first_pictures(job, settings.gptq_images)
     trials = {bits: _trial(few, bits) for bits in settings.bits}
     layers = {bits: quantized_layers(trial.model) for bits, trial in trials.items()}
     gptq = Gptq()
-    # the Hessians are of the float network's inputs, so one walk serves all
-    for hessians in gptq.hessians(trials[settings.bits[0]], job.float_model):
-        for name, hessian in hessians.items():
+    means: dict[str, Tensor] = {}
+    # the curvatures are of the float network's inputs, so one walk serves all
+    for curvatures in gptq.curvatures(trials[settings.bits[0]], job.float_model):
+        for name, curvature in curvatures.items():
+            means[name] = curvature.mean
             for bits in settings.bits:
-                gptq.round_layer(layers[bits][name], hessian)
+                gptq.round_layer(layers[bits][name], curvature)
     return {
-        bits: {name: layer.quant_weight().value.detach() for name, layer in by_name.items()}
-        for bits, by_name in layers.items()
+        name: RoundedLayer({bits: layers[bits][name].quant_weight().value.detach() for bits in settings.bits}, mean)
+        for name, mean in means.items()
     }
 
 

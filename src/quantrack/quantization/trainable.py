@@ -20,11 +20,11 @@ from torch.nn.functional import conv2d
 
 from quantrack.quantization.layers import (
     activation_quantization,
+    clamp_integers,
     quantized_layers,
     set_activation_range,
     set_weight_scale,
     weight_bits,
-    weight_limit,
     weight_scale,
 )
 
@@ -82,10 +82,10 @@ class TrainableConvolution(nn.Module):
     def __init__(self, layer: qnn.QuantConv2d, float_weight: Tensor) -> None:
         super().__init__()
         scale = weight_scale(layer)
-        self.limit = weight_limit(weight_bits(layer))
+        self.bits = weight_bits(layer)
         self.scale: Tensor
         self.register_buffer("scale", scale.clone())
-        self.units = nn.Parameter(latent_units(layer.weight.detach(), float_weight.detach(), scale, self.limit))
+        self.units = nn.Parameter(latent_units(layer.weight.detach(), float_weight.detach(), scale, self.bits))
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias)
@@ -116,11 +116,11 @@ class TrainableConvolution(nn.Module):
 
     def round_straight_through(self, units: Tensor) -> Tensor:
         """The nearest integers within the limits."""
-        rounded: Tensor = _Round.apply(units.clamp(-self.limit, self.limit))  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Round.apply(clamp_integers(units, self.bits))  # type: ignore[no-untyped-call]
         return rounded
 
 
-def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, limit: int) -> Tensor:
+def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Where training starts: the integers that `weight` rounds to, each moved towards the float weight.
 
     Weights that lie on the grid, as GPTQ leaves them, would all be equally far from changing; those
@@ -128,7 +128,7 @@ def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, limit: int
     """
     step = scale[:, None, None, None]
     integers = torch.round(weight / step)
-    return torch.clamp(float_weight / step, integers - EDGE, integers + EDGE).clamp(-limit, limit)
+    return clamp_integers(torch.clamp(float_weight / step, integers - EDGE, integers + EDGE), bits)
 
 
 def trainable_twin(model: nn.Module, float_model: nn.Module) -> nn.Module:

@@ -1,0 +1,92 @@
+"""Better integers for weights that are on their grid already: one coordinate after the other.
+
+Each sweep goes through all weights once and moves each to where the error, all others as they are, is
+least. The error is quadratic: of each output channel alone (Behdin et al., "QuantEase",
+arXiv:2309.01885), or of all of them together, where an error in one channel can make up for another's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantrack.quantization.layers import clamp_integers
+
+LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
+
+
+def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Rounded weights [G, O/G, D] and scales [G, O/G] of less error, each output channel for itself.
+
+    Each channel's scale becomes the best for its integers, then each integer in turn the best for all
+    others. No step makes the error larger. `hessian` has shape [G, D, D].
+    """
+    integers = torch.round(rounded / scale[:, :, None])
+    weighted = integers @ hessian
+    power = (weighted * integers).sum(dim=2)
+    best = (weighted * weight).sum(dim=2) / power.clamp_min(1e-30)
+    scale = torch.where((power > 0) & (best > 0), best, scale)
+    gradient = (integers * scale[:, :, None] - weight) @ hessian
+    curvature = hessian.diagonal(dim1=1, dim2=2)
+    for i in range(integers.shape[2]):
+        wanted = integers[:, :, i] - gradient[:, :, i] / (curvature[:, None, i] * scale)
+        change = clamp_integers(wanted.round(), bits) - integers[:, :, i]
+        integers[:, :, i] += change
+        gradient += (change * scale)[:, :, None] * hessian[:, None, i]
+    return integers * scale[:, :, None], scale
+
+
+def refined_jointly(
+    weight: Tensor, rounded: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, bits: int
+) -> Tensor:
+    """Rounded weights [O, D] of less error over all output channels together, their scales [O] as they are.
+
+    The error of a change E is trace(outputs E inputs E^T), with `inputs` [D, D] and `outputs` [O, O], both
+    positive definite: Kronecker factors of the curvature (Grosse & Martens, arXiv:1602.01407).
+    """
+    integers = torch.round(rounded / scale[:, None])
+    gradient = outputs @ (integers * scale[:, None] - weight) @ inputs
+    for i in range(integers.shape[1]):
+        moved = _moved(integers[:, i], gradient[:, i], scale, inputs[i, i] * outputs, bits)
+        change = (moved - integers[:, i]) * scale
+        integers[:, i] = moved
+        if bool(change.any()):
+            gradient += torch.outer(outputs @ change, inputs[i])
+    return integers * scale[:, None]
+
+
+def _moved(integers: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int) -> Tensor:
+    """One column's integers [O], moved one at a time, whichever gains most first, until none gains."""
+    integers, gradient = integers.clone(), gradient.clone()
+    own = curvature.diagonal()
+    least = LEAST_GAIN * own * scale.square()
+    for _ in range(3 * len(integers)):
+        wanted = clamp_integers(torch.round(integers - gradient / (own * scale)), bits)
+        moves = (wanted - integers) * scale
+        gains = -(2 * gradient + own * moves) * moves - least
+        best = gains.argmax()
+        if gains[best] <= 0:
+            break
+        gradient += moves[best] * curvature[:, best]
+        integers[best] = wanted[best]
+    return integers
+
+
+def channel_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Mean squared change of each output channel, [G, O/G], for a change of weight [G, O/G, D]."""
+    return torch.einsum("god,god->go", difference @ hessian, difference)
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Hessians [G, D, D] with a share of their mean diagonal added to the diagonal."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    # inputs that are always zero get a unit diagonal: their weights then round to nearest
+    ridge = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal.mean(dim=1, keepdim=True) == 0)
+    return hessian + torch.diag_embed(ridge.expand_as(diagonal))
+
+
+def towards_diagonal(matrix: Tensor, share: float) -> Tensor:
+    """A covariance [O, O] with a share of what lies off its diagonal, and no zero on it."""
+    diagonal = matrix.diagonal()
+    ridge = 1e-6 * diagonal.mean() + (diagonal.mean() == 0)
+    return share * matrix + torch.diag((1 - share) * diagonal + ridge)

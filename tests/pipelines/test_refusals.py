@@ -16,7 +16,7 @@ CASES = {
     "mode": (("--mode", "w2a2"), 2, "mode=w2a2: unknown mode; use one of w8a16, w8a8, w4a16, w4a8"),
     "recipe": (("--recipe", "magic"), 2, "recipe=magic: unknown recipe"),
     "recipe file": (("--recipe", "gone.yaml"), 2, "recipe=gone.yaml: cannot be read"),
-    "budget": (("--avg-bits", "3.5"), 2, "avg_bits=3.5: must lie between 4 and 8"),
+    "budget": (("--avg-bits", "2.5"), 2, "avg_bits=2.5: must lie between 3 and 8"),
     "plan bits": (("--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
     "budget text": (("--avg-bits", "few"), 2, "avg_bits=few: not a number"),
     "plan of 4 bits": (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,17 +24,22 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
 
 CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"
-PLAIN = Gptq(importance_share=0.0, scale_factors=(1.0,), sweeps=0)
+PLAIN = Gptq(importance_share=0.0, centred=False, scale_factors=(1.0,), sweeps=0, output_sweeps=0)
+WEIGHED = replace(PLAIN, importance_share=Gptq.importance_share)
+CENTRED = replace(WEIGHED, centred=True)
+SCALED = replace(CENTRED, scale_factors=Gptq.scale_factors)
 # Each rung keeps what the one before it has.
 LADDER = (
     Recipe("1-nearest", CALIBRATED),
     Recipe("2-bias-correction", (*CALIBRATED, BiasCorrection())),
     Recipe("3-gptq", (*CALIBRATED, PLAIN, BiasCorrection())),
-    Recipe("4-importance", (*CALIBRATED, Gptq(scale_factors=(1.0,), sweeps=0), BiasCorrection())),
-    Recipe("5-scale-factors", (*CALIBRATED, Gptq(sweeps=0), BiasCorrection())),
-    Recipe("6-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
-    Recipe("7-range-search", RECIPES["default"]),
-    Recipe("8-mirrored", RECIPES["best"]),
+    Recipe("4-importance", (*CALIBRATED, WEIGHED, BiasCorrection())),
+    Recipe("5-centred", (*CALIBRATED, CENTRED, BiasCorrection())),
+    Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
+    Recipe("7-sweeps", (*CALIBRATED, replace(SCALED, sweeps=Gptq.sweeps), BiasCorrection())),
+    Recipe("8-across-channels", (*CALIBRATED, Gptq(), BiasCorrection())),
+    Recipe("9-range-search", RECIPES["default"]),
+    Recipe("10-mirrored", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

@@ -22,13 +22,19 @@ from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
+from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
-from quantrack.quantization.job import QuantizationJob, new_job
+from quantrack.quantization.job import QuantizationJob, first_pictures, new_job
 from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range, weight_bits
 from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
-from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits, plan_job
+from quantrack.quantization.sensitivity import (
+    LayerTrials,
+    kept_sensitivity,
+    plan_bits,
+    plan_job,
+)
 from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_layers, trainable_twin
 from quantrack.schemes import parse_mode
 
@@ -234,6 +240,18 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     naive = replace(job, model=copy.deepcopy(job.float_model), plan=plan)  # a recipe that quantizes DFL as well
     apply_recipe(naive, RECIPES["naive"])
     assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
+
+
+def test_estimated_error_is_quadratic_and_counts_mean_outputs_as_restored(job: QuantizationJob) -> None:
+    name = "model.0.conv"
+    convolution = job.float_model.get_submodule(name)
+    assert isinstance(convolution, nn.Conv2d)
+    change, none = torch.randn_like(convolution.weight) * 1e-3, torch.zeros(convolution.out_channels)
+    changes = {4: LayerChange(change, none), 5: LayerChange(2 * change, none), 6: LayerChange(change, none + 1)}
+    errors = gradient_errors(first_pictures(job, 2), {name: changes})[name]
+    assert 0 < errors[4] != errors[6]
+    assert errors[5] == pytest.approx(4 * errors[4], rel=1e-3)
+    assert not any(parameter.requires_grad for parameter in job.float_model.parameters())
 
 
 @pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}, {"measure": "mAP"}])

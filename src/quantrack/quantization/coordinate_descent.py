@@ -7,10 +7,12 @@ arXiv:2309.01885), or of all of them together, where an error in one channel can
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from quantrack.quantization.layers import clamp_integers
+from quantrack.quantization.layers import clamp_integers, weight_range
 
 LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
 
@@ -44,27 +46,39 @@ def refined_jointly(
     The error of a change E is trace(outputs E inputs E^T), with `inputs` [D, D] and `outputs` [O, O], both
     positive definite: Kronecker factors of the curvature (Grosse & Martens, arXiv:1602.01407).
     """
-    integers = torch.round(rounded / scale[:, None])
-    gradient = outputs @ (integers * scale[:, None] - weight) @ inputs
+    # many steps on small vectors, for which NumPy is several times faster than torch, and a GPU no help
+    grid, curvature, across = (_array(tensor) for tensor in (scale, inputs, outputs))
+    integers = np.rint(_array(rounded) / grid[:, None])
+    gradient = across @ (integers * grid[:, None] - _array(weight)) @ curvature
     for i in range(integers.shape[1]):
-        moved = _moved(integers[:, i], gradient[:, i], scale, inputs[i, i] * outputs, bits)
-        change = (moved - integers[:, i]) * scale
-        integers[:, i] = moved
-        if bool(change.any()):
-            gradient += torch.outer(outputs @ change, inputs[i])
-    return integers * scale[:, None]
+        moved = _moved(integers[:, i], gradient[:, i], grid, curvature[i, i] * across, weight_range(bits))
+        change = (moved - integers[:, i]) * grid
+        if change.any():
+            integers[:, i] = moved
+            gradient += np.outer(across @ change, curvature[i])
+    return torch.from_numpy(integers).to(scale) * scale[:, None]
 
 
-def _moved(integers: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int) -> Tensor:
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _moved(
+    integers: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    curvature: NDArray[np.float32],
+    allowed: tuple[int, int],
+) -> NDArray[np.float32]:
     """One column's integers [O], moved one at a time, whichever gains most first, until none gains."""
-    integers, gradient = integers.clone(), gradient.clone()
+    integers, gradient = integers.copy(), gradient.copy()
     own = curvature.diagonal()
-    least = LEAST_GAIN * own * scale.square()
+    slope, least = own * scale, LEAST_GAIN * own * scale**2
     for _ in range(3 * len(integers)):
-        wanted = clamp_integers(torch.round(integers - gradient / (own * scale)), bits)
+        wanted = np.rint(integers - gradient / slope).clip(*allowed)
         moves = (wanted - integers) * scale
         gains = -(2 * gradient + own * moves) * moves - least
-        best = gains.argmax()
+        best = int(gains.argmax())
         if gains[best] <= 0:
             break
         gradient += moves[best] * curvature[:, best]

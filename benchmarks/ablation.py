@@ -37,7 +37,7 @@ LADDER = (
     Recipe("5-centred", (*CALIBRATED, CENTRED, BiasCorrection())),
     Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
     Recipe("7-sweeps", (*CALIBRATED, replace(SCALED, sweeps=Gptq.sweeps), BiasCorrection())),
-    Recipe("8-across-channels", (*CALIBRATED, Gptq(), BiasCorrection())),
+    Recipe("8-across-channels", (*CALIBRATED, Gptq(output_sweeps=2), BiasCorrection())),
     Recipe("9-range-search", RECIPES["default"]),
     Recipe("10-mirrored", RECIPES["best"]),
 )

@@ -167,7 +167,9 @@ def test_joint_descent_lessens_the_error_of_all_channels_together() -> None:
     outputs = gradients.T @ gradients / 30
     weight, scale = torch.randn(6, 12, generator=generator), torch.full((6,), 0.3)
     rounded = torch.clamp(torch.round(weight / 0.3), -8, 7) * 0.3
-    moved = refined_jointly(weight, rounded, scale, inputs, outputs, 4)
+    moved = rounded
+    for _ in range(8):
+        moved = refined_jointly(weight, moved, scale, inputs, outputs, 4)
     errors = [float(torch.trace(outputs @ change @ inputs @ change.T)) for change in (rounded - weight, moved - weight)]
     assert errors[1] < 0.7 * errors[0]
     torch.testing.assert_close(moved / 0.3, (moved / 0.3).round())

@@ -79,7 +79,7 @@ class Gptq:
     centred: bool = True
     scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     sweeps: int = 3
-    output_sweeps: int = 2
+    output_sweeps: int = 0
     output_share: float = 0.9
     damping: float = 0.01
     block: int = 128

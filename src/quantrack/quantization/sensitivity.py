@@ -213,7 +213,7 @@ def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, Ro
     few = first_pictures(job, settings.gptq_images)
     trials = {bits: _trial(few, bits) for bits in settings.bits}
     layers = {bits: quantized_layers(trial.model) for bits, trial in trials.items()}
-    gptq = Gptq(output_sweeps=0)  # they lessen all errors by much the same share, and take a while
+    gptq = Gptq()
     means: dict[str, Tensor] = {}
     # the curvatures are of the float network's inputs, so one walk serves all
     for curvatures in gptq.curvatures(trials[settings.bits[0]], job.float_model):

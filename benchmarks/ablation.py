@@ -36,10 +36,10 @@ LADDER = (
     Recipe("4-importance", (*CALIBRATED, WEIGHED, BiasCorrection())),
     Recipe("5-centred", (*CALIBRATED, CENTRED, BiasCorrection())),
     Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
-    Recipe("7-sweeps", (*CALIBRATED, replace(SCALED, sweeps=Gptq.sweeps), BiasCorrection())),
-    Recipe("8-across-channels", (*CALIBRATED, Gptq(output_sweeps=2), BiasCorrection())),
-    Recipe("9-range-search", RECIPES["default"]),
-    Recipe("10-mirrored", RECIPES["best"]),
+    Recipe("7-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
+    Recipe("8-range-search", RECIPES["default"]),
+    Recipe("9-mirrored", RECIPES["best"]),
+    Recipe("10-across-channels", (*RECIPES["best"][:-2], Gptq(mirrored=True, output_sweeps=2), BiasCorrection())),
 )
 LATENCY_RUNS = 10
 

@@ -43,7 +43,8 @@ def sensitivity(settings: SensitivitySettings) -> None:
         )
         rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:
-        rows, unit = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows, "divergence of raw outputs"
+        rows = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows
+        unit = f"divergence of raw outputs, by {settings.measure}"
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
 
 

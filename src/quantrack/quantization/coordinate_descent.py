@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantrack.quantization.layers import clamp_integers, weight_range
 
-MOST_MOVED = 8  # one in so many weights of a column a sweep; a trained network seldom asks for more
+MOST_MOVED = 8  # one in so many weights of a column may move a sweep, which bounds its time
 LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
 
 

@@ -7,8 +7,8 @@ goes on. Two passes over the pictures, one to look and one to go on, and one for
 pass for the importance of positions, however many layers there are.
 
 What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error
-there reaches the detections (`importance`), as nearly all of a picture is background; and an output
-channel's rounding makes up for errors of others that move the detections the same way.
+there reaches the detections (`importance`), as nearly all of a picture is background. Where asked
+(`output_sweeps`), output channels make up for errors of others that move the detections the same way.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class Curvature:
 
     `inputs` [G, D, D] is the mean outer product of input columns at the drawn positions, `drawn_mean` and
     `mean` [G, D] their mean there and at all positions. `outputs` [O, O] is the covariance of the gradients
-    of the layer's outputs; None where no gradients are taken.
+    of the layer's outputs; None where it is not asked for.
     """
 
     inputs: Tensor
@@ -232,8 +232,9 @@ class _Positions:
             for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count):
                 found = output_importance(job.float_model, names, pictures, self.generator)
                 self.importance.append({name: seen.positions.cpu() for name, seen in found.items()})
-                for name, seen in found.items():
-                    self.outputs[name] = self.outputs.get(name, 0) + seen.covariance
+                if settings.output_sweeps > 0:
+                    for name, seen in found.items():
+                        self.outputs[name] = self.outputs.get(name, 0) + seen.covariance()
 
     def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
         """Indices of positions of one batch, with repetition; None for all of them."""

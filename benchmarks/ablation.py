@@ -17,7 +17,7 @@ from typing import Annotated
 
 import mlflow
 import typer
-from accuracy_table import ROOT, markdown, write_results
+from accuracy_table import ROOT, add_result
 
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.gptq import Gptq
@@ -57,17 +57,16 @@ def main(
             "model": model, "data_root": str(development), "mode": "w4a8", "avg_bits": str(avg_bits),
             "eval_images": "0", "latency_runs": str(LATENCY_RUNS),
         }  # fmt: skip
-        runs = []
-        for rung in LADDER:
+        for number, rung in enumerate(LADDER):
             recipe = Path(folder) / f"{rung.name}.yaml"
             recipe.write_text(rung.text())
             submitted = mlflow.projects.run(
                 str(ROOT), "ptq", parameters=shared | {"recipe": str(recipe)}, env_manager="local",
                 experiment_name=f"ablation-{name}",
             )  # fmt: skip
-            runs.append(mlflow.get_run(submitted.run_id))
-            write_results(runs, f"ablation-{name}", LATENCY_RUNS)
-    print(markdown(runs))
+            run = mlflow.get_run(submitted.run_id)
+            text = add_result(run, f"ablation-{name}", LATENCY_RUNS, anew=number == 0)
+    print(text)
 
 
 def development_root(data_root: Path, folder: Path) -> Path:

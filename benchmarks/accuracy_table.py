@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlflow
 import typer
@@ -79,45 +79,72 @@ def main(
     data_root: Annotated[str, typer.Argument(help="Data root, as for the entry points.")],
     name: Annotated[str, typer.Option(help="Name of the result files.")],
     latency_runs: Annotated[int, typer.Option(help="Timed runs each.")] = 100,
+    only: Annotated[str, typer.Option(help="Mode whose rows are measured anew; the other rows stay.")] = "",
 ) -> None:
-    """Measure all cases and write the table."""
+    """Measure all cases, or those of one mode, and write the table."""
     shared = {"model": model, "data_root": data_root, "latency_runs": str(latency_runs)}
-    runs = []
-    for entry_point, parameters in CASES:
+    cases = [case for case in CASES if only in ("", case[1].get("mode"))]
+    if not cases:
+        raise typer.BadParameter(f"only={only}: no case has this mode")
+    for number, (entry_point, parameters) in enumerate(cases):
         submitted = mlflow.projects.run(
             str(ROOT), entry_point, parameters=shared | parameters, env_manager="local",
             experiment_name=f"accuracy-{name}",
         )  # fmt: skip
-        runs.append(mlflow.get_run(submitted.run_id))
-        write_results(runs, name, latency_runs)  # what is finished stays, should a later run fail
-    print(markdown(runs))
+        # what is finished stays, should a later run fail
+        text = add_result(mlflow.get_run(submitted.run_id), name, latency_runs, anew=not only and number == 0)
+    print(text)
 
 
-def write_results(runs: list[Run], name: str, latency_runs: int) -> None:
-    """The record and the table of the runs so far."""
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": device_name(runs[0].data.tags["provider"]),
+def add_result(run: Run, name: str, latency_runs: int, *, anew: bool) -> str:
+    """Put a run into the record and the table, in the place of an earlier one of its name; the table.
+
+    With `anew` the record starts with this run; otherwise it must be of the same hardware, versions and pictures.
+    """
+    path = ROOT / "benchmarks/results" / f"{name}.json"
+    context = {
+        "hardware": device_name(run.data.tags["provider"]),
         "cpu": cpu_name(),
-        "provider": runs[0].data.tags["provider"],
+        "provider": run.data.tags["provider"],
         "versions": installed_versions(),
-        "evaluation_digest": runs[0].data.tags["evaluation_digest"],
-        "runs": [{"name": label(run), "metrics": run.data.metrics} for run in runs],
+        "evaluation_digest": run.data.tags["evaluation_digest"],
+        "latency_runs": latency_runs,
     }
-    folder = ROOT / "benchmarks/results"
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    context = f"{record['date']}, {record['hardware']}, ONNX Runtime {record['provider']}"
-    text = f"{markdown(runs)}\n{context}, {len(runs)} runs, {latency_runs} timed runs each.\n"
-    (folder / f"{name}.md").write_text(text)
+    rows = {} if anew else _rows(path, context)
+    rows[label(run)] = {
+        "name": label(run),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": run.data.tags.get("mlflow.source.git.commit"),
+        "metrics": run.data.metrics,
+    }
+    path.write_text(json.dumps(context | {"runs": list(rows.values())}, indent=2) + "\n")
+    dates = sorted({row["date"] for row in rows.values()})
+    where = f"{context['hardware']}, ONNX Runtime {context['provider']}"
+    closing = f"{' to '.join(dates)}, {where}, {len(rows)} runs, {latency_runs} timed runs each."
+    text = markdown({name: row["metrics"] for name, row in rows.items()})
+    path.with_suffix(".md").write_text(f"{text}\n{closing}\n")
+    return text
 
 
-def markdown(runs: list[Run]) -> str:
+def _rows(path: Path, context: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The record's runs by name.
+
+    Raises:
+        SystemExit: they were measured on something else, so that they do not go into one table.
+    """
+    record = json.loads(path.read_text())
+    for key, value in context.items():
+        if record.get(key) != value:
+            raise SystemExit(f"{path}: its {key} is {record.get(key)}, here it is {value}; measure all rows anew")
+    return {row["name"]: row for row in record["runs"]}
+
+
+def markdown(metrics_by_name: dict[str, dict[str, float]]) -> str:
     """One row a run; what was not measured is a dash."""
     lines = ["| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
-    for run in runs:
-        metrics = run.data.metrics
+    for name, metrics in metrics_by_name.items():
         cells = [form.format(metrics[key]) if key in metrics else "-" for key, form in COLUMNS]
-        lines.append(f"| {label(run)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

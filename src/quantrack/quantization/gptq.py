@@ -234,7 +234,7 @@ class _Positions:
                 self.importance.append({name: seen.positions.cpu() for name, seen in found.items()})
                 if settings.output_sweeps > 0:
                     for name, seen in found.items():
-                        self.outputs[name] = self.outputs.get(name, 0) + seen.covariance()
+                        self.outputs[name] = self.outputs.get(name, 0) + seen.covariance
 
     def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
         """Indices of positions of one batch, with repetition; None for all of them."""

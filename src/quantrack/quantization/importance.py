@@ -22,16 +22,12 @@ from quantrack.quantization.divergence import BOX_SIDES, bins_of
 class OutputImportance:
     """Of one convolution's outputs, for one batch; every picture counts alike.
 
-    `positions` [B, H, W] is each position's share of its picture's importance; `gradients` [B, O, H * W] are
-    its gradients, divided by their norm.
+    `positions` [B, H, W] is each position's share of its picture's importance; `covariance` [O, O] that of
+    the gradients of the output channels, summed over positions and pictures.
     """
 
     positions: Tensor
-    gradients: Tensor
-
-    def covariance(self) -> Tensor:
-        """Of the output channels' gradients, [O, O], summed over positions and pictures."""
-        return torch.einsum("bop,bqp->oq", self.gradients, self.gradients)
+    covariance: Tensor
 
 
 def output_importance(
@@ -49,7 +45,7 @@ def output_importance(
             flat = gradient.flatten(2)
             shares = flat / flat.square().sum(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-30)
             positions = shares.square().sum(dim=1).reshape(-1, *gradient.shape[2:])
-            found[name] = OutputImportance(positions, shares)
+            found[name] = OutputImportance(positions, torch.einsum("bop,bqp->oq", shares, shares))
 
         def watch_output(module: nn.Module, inputs: object, output: Tensor) -> None:
             output.register_hook(keep)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from quantrack.runtime.session import resolve_provider
 from quantrack.settings import BaselineSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline, measure_baseline
 from quantrack.tracking.log import log_settings
+from quantrack.tracking.record import log_run_digest
 from quantrack.tracking.result import comparison_key, detector_facts
 
 
@@ -21,8 +22,9 @@ def baseline(settings: BaselineSettings) -> None:
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
     log_settings(settings, f"baseline-{settings.precision}-{detector.name}")
+    log_run_digest(settings, detector, evaluation_set, None)
 
-    float32 = detector_facts(detector, settings.imgsz, "fp32", FLOAT_RECIPE)
+    float32 = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
     reference = None
     if settings.precision != "fp32":
         key = comparison_key(float32, evaluation_set, resolve_provider(settings.provider))

@@ -31,7 +31,7 @@ def evaluate(settings: OnnxSettings) -> None:
         # Without the PyTorch model there is no parity to measure; it stays absent.
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None)
         baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))
-        drop = baseline.drop(proof, evaluation_set) if baseline else {}
+        drop = baseline.against(proof, evaluation_set) if baseline else {}
         log_evaluation(path, facts, proof, evaluation_set, drop)
     log_samples(evaluation_set, baseline.detections if baseline else None, proof.detections)
 

@@ -22,6 +22,7 @@ from quantrack.settings import PtqSettings, parse_plan_bits, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
 from quantrack.tracking.log import log_inputs, log_quantization, log_recipe, log_samples, log_settings, log_step
 from quantrack.tracking.models import fetch_plan
+from quantrack.tracking.record import log_run_digest
 from quantrack.tracking.result import comparison_key, detector_facts, log_result
 
 
@@ -37,6 +38,7 @@ def ptq(settings: PtqSettings) -> None:
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
     log_settings(settings, f"ptq-{scheme.name}-{recipe.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
+    log_run_digest(settings, detector, evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
     reports: tuple[StepReport, ...] = ()
@@ -49,17 +51,19 @@ def ptq(settings: PtqSettings) -> None:
     reports += apply_recipe(job, recipe.steps, log_step)
     quantized = log_quantization(job, reports)
 
-    facts = detector_facts(detector, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"])
+    facts = detector_facts(
+        detector, evaluation_set, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = export_quantized_files(job.model, facts, Path(folder))
         session = open_session(files.optimized, settings.provider)
         key = comparison_key(facts, evaluation_set, session.provider)
-        float_facts = detector_facts(detector, settings.imgsz, "fp32", FLOAT_RECIPE)
+        float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
         baseline = find_or_measure_baseline(
             detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, job.model)
-        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
+        log_result(files, facts, proof, evaluation_set, quantized | baseline.against(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
 
 

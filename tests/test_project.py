@@ -9,9 +9,12 @@ import yaml
 
 from quantrack.settings import (
     BaselineSettings,
+    CompareSettings,
     DataSettings,
     OnnxSettings,
+    PromoteSettings,
     PtqSettings,
+    ReproduceSettings,
     SensitivitySettings,
     default_texts,
 )
@@ -25,10 +28,13 @@ ENTRY_POINTS = {
     "evaluate": OnnxSettings,
     "benchmark": OnnxSettings,
     "sensitivity": SensitivitySettings,
+    "compare": CompareSettings,
+    "reproduce": ReproduceSettings,
+    "promote": PromoteSettings,
     "data": DataSettings,
 }
 # Bottom first: a room may import only those before it.
-ROOMS = ("schemes", "datasets", "detector", "quantization", "onnx", "runtime", "evaluation", "tracking")
+ROOMS = ("schemes", "datasets", "detector", "quantization", "onnx", "runtime", "evaluation", "comparison", "tracking")
 KEEPERS = {
     "mlflow": {"tracking"},
     "ultralytics": {"detector"},

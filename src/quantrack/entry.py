@@ -14,7 +14,7 @@ import typer
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import say
-from quantrack.settings import default_texts, parse_settings
+from quantrack.settings import default_texts, parse_settings, setting_name
 from quantrack.tracking.run import tracked_run
 
 S = TypeVar("S")
@@ -29,7 +29,8 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     """
     signal.signal(signal.SIGTERM, _interrupt)
 
-    def command(**texts: str) -> None:
+    def command(**by_field: str) -> None:
+        texts = {setting_name(item): by_field[item.name] for item in fields(settings_type)}  # type: ignore[arg-type]
         _run(name, texts, lambda: pipeline(parse_settings(settings_type, texts)))
 
     command.__signature__ = _signature(settings_type)  # type: ignore[attr-defined]
@@ -65,7 +66,7 @@ def _refuse(message: str) -> None:
 
 def _unknown_option(arguments: list[str], settings_type: type[object]) -> str | None:
     """The first option that is no setting: `mlflow run` passes any `-P` on, and its run must say why."""
-    known = {_option(item.name) for item in fields(settings_type)} | {"--help"}  # type: ignore[arg-type]
+    known = {_option(setting_name(item)) for item in fields(settings_type)} | {"--help"}  # type: ignore[arg-type]
     options = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
     return next((option for option in options if option not in known), None)
 
@@ -81,8 +82,8 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
         inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults[item.name],
-            annotation=Annotated[str, typer.Option(_option(item.name), help=item.metadata["help"])],
+            default=defaults[setting_name(item)],
+            annotation=Annotated[str, typer.Option(_option(setting_name(item)), help=item.metadata["help"])],
         )
         for item in fields(settings_type)  # type: ignore[arg-type]
     ]

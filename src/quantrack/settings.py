@@ -6,28 +6,39 @@ under one name and with one default.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from quantrack.comparison.gates import MORE_IS_BETTER, Limits
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import parse_provider
-from quantrack.schemes import Scheme, parse_mode
+from quantrack.schemes import SCHEMES, Scheme, parse_mode
 
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 HEADS = ("one2one", "one2many")
 MEASURES = ("gradient", "output", "mAP")
 PRECISIONS = ("fp32", "fp16")
+PROMOTED_TO = ("champion", "challenger")
+MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
 
 
-def _setting(default: str | int | float | bool, description: str) -> Any:  # noqa: ANN401 - dataclasses.field is untyped
-    return field(default=default, metadata={"help": description})
+def _setting(default: str | int | float | bool, description: str, name: str = "") -> Any:  # noqa: ANN401 - as field
+    """A field; `name` is what users call it where that is no name for a field (`from` is a keyword)."""
+    return field(default=default, metadata={"help": description} | ({"name": name} if name else {}))
+
+
+def setting_name(item: Field[Any]) -> str:
+    """What the `MLproject` parameter, the option and the logged parameter of a field are called."""
+    return str(item.metadata.get("name", item.name))
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,52 @@ class PtqSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
+class CompareSettings(SharedSettings):
+    """Several modes of one detector, or runs that are there already, side by side."""
+
+    modes: str = _setting("fp32,fp16,w8a16,w8a8,w4a16,w4a8", "Modes and precisions to measure, or to find measured.")
+    runs: str = _setting("", "Ids of finished runs to compare instead, separated by commas.")
+    recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file, for all modes.")
+    plan: str = _setting("", "Bits by layer for the 4-bit modes: a file or runs:/RUN_ID/plan.json.")
+    avg_bits: float = _setting(0.0, "Plan the bits of the 4-bit modes, at most so many on average; 0 = by role.")
+    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runs:
+            return _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
+        repeated = [mode for mode in self.mode_names if self.mode_names.count(mode) > 1]
+        _require(not repeated, f"modes={self.modes}: {''.join(repeated[:1])} is named twice")
+        for mode in self.mode_names:
+            self.child(mode)
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return _parts(self.runs)
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        return tuple(part.lower() for part in _parts(self.modes))
+
+    def child(self, mode: str) -> BaselineSettings | PtqSettings:
+        """The settings of one mode's own run; a bit plan is for 4-bit modes only.
+
+        Raises:
+            UsageError: no such mode, or a setting is refused.
+        """
+        shared = {item.name: getattr(self, item.name) for item in fields(SharedSettings)}
+        if mode in PRECISIONS:
+            return BaselineSettings(**shared, precision=mode)
+        known = (*PRECISIONS, *SCHEMES)
+        _require(mode in known, f"modes={mode}: unknown mode; use some of {', '.join(known)}")
+        planned = parse_mode(mode).weight_bits < 8
+        return PtqSettings(
+            **shared, mode=mode, recipe=self.recipe, plan=self.plan if planned else "",
+            avg_bits=self.avg_bits if planned else 0.0, plan_bits=self.plan_bits,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class SensitivitySettings(SharedSettings):
     """What each layer's quantization costs, and the bit plan that follows."""
 
@@ -138,6 +195,71 @@ class OnnxSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
+class ReproduceSettings:
+    """A finished run to do again from its record."""
+
+    run_id: str = _setting("", "Id of a finished run of baseline, ptq or evaluate.")
+    data_root: str = _setting("", "Where the pictures lie now; empty = where the run found them.")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_id), "run_id: missing; give the id of a finished run of baseline, ptq or evaluate")
+
+
+@dataclass(frozen=True)
+class PromoteSettings:
+    """A measured run to make champion of a registered model, and the gates that it must pass; or a rollback."""
+
+    name: str = _setting("", "Registered model, made if it is not there.")
+    run_id: str = _setting("", "Id of a finished ptq run.")
+    from_run: str = _setting("", "Instead of run_id: a compare run, whose best passing ptq run is taken.", name="from")
+    best_by: str = _setting(
+        "mAP50-95", "What the best of them has: the most mAP50-95, least latency_ms_p50 or onnx_mb."
+    )
+    to: str = _setting("champion", "champion, or challenger to leave the champion as it is.")
+    rollback: bool = _setting(False, "Swap champion and previous instead; takes no run.")
+    max_drop: float = _setting(5.0, "Points that the upper end of the drop's 95 % interval may reach; 0 = any.")
+    max_latency_ratio: float = _setting(0.0, "Median latency over the float32 run's on the same processor; 0 = any.")
+    max_mb: float = _setting(0.0, "Size of the ONNX file in 10^6 bytes; 0 = any.")
+    min_map: float = _setting(0.0, "Least mAP50-95, a fraction; 0 = any.", name="min_mAP")
+    max_parity: float = _setting(0.02, "Mean difference between PyTorch and ONNX Runtime; 0 = any.")
+    same_evaluation: bool = _setting(True, "Pictures, head and input size must be those of the champion.")
+    require_better: bool = _setting(False, "mAP50-95 must not be below the champion's.")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name: missing; give the registered model's name, as in name=yolov10m")
+        allowed = "use letters, digits, spaces, '.', '_' and '-', at most 200, the first a letter or digit"
+        _require(MODEL_NAME.fullmatch(self.name) is not None, f"name={self.name}: not a model's name; {allowed}")
+        _require(self.to in PROMOTED_TO, f"to={self.to}: unknown alias; use one of {', '.join(PROMOTED_TO)}")
+        known = ", ".join(MORE_IS_BETTER)
+        _require(self.best_by in MORE_IS_BETTER, f"best_by={self.best_by}: unknown metric; use one of {known}")
+        self._require_one_source()
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float):
+                name = setting_name(item)
+                _require(math.isfinite(value) and value >= 0, f"{name}={value}: must be a number from 0; 0 = any")
+        _require(self.min_map <= 1, f"min_mAP={self.min_map}: must be a fraction from 0 to 1")
+        _require(
+            self.same_evaluation or not self.require_better,
+            "require_better=true: accuracies on different pictures do not compare; leave same_evaluation=true",
+        )
+
+    def _require_one_source(self) -> None:
+        given = [name for name, value in (("run_id", self.run_id), ("from", self.from_run)) if value]
+        if self.rollback:
+            _require(not given, f"{', '.join(given)}: rollback=true takes no run; leave it out")
+            _require(self.to == "champion", f"to={self.to}: rollback=true moves champion; leave it out")
+            return
+        _require(len(given) < 2, f"from={self.from_run}: run_id={self.run_id} is given too; give one of the two")
+        _require(len(given) > 0, "run_id: missing; give run_id, from=COMPARE_RUN, or rollback=true")
+
+    @property
+    def limits(self) -> Limits:
+        """Where the gates stand."""
+        return Limits(**{item.name: getattr(self, item.name) for item in fields(Limits)})
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """What to download, or the copy to build from."""
 
@@ -157,23 +279,24 @@ def parse_settings(settings_type: type[T], values: Mapping[str, str]) -> T:
         UsageError: a value has the wrong type or is refused by the settings' own checks.
     """
     hints = get_type_hints(settings_type)
-    return settings_type(**{name: _convert(name, text, hints[name]) for name, text in values.items()})
+    names = {setting_name(item): item.name for item in fields(settings_type)}  # type: ignore[arg-type]
+    return settings_type(**{names[name]: _convert(name, text, hints[names[name]]) for name, text in values.items()})
 
 
 def setting_texts(settings: object) -> dict[str, str]:
     """The settings as they are logged: every field as text, booleans in lower case."""
-    return {item.name: _text(getattr(settings, item.name)) for item in fields(settings)}  # type: ignore[arg-type]
+    return {setting_name(item): _text(getattr(settings, item.name)) for item in fields(settings)}  # type: ignore[arg-type]
 
 
 def shared_texts(settings: SharedSettings) -> dict[str, str]:
     """The settings that every entry point has, as they are logged."""
     texts = setting_texts(settings)
-    return {item.name: texts[item.name] for item in fields(SharedSettings)}
+    return {setting_name(item): texts[setting_name(item)] for item in fields(SharedSettings)}
 
 
 def default_texts(settings_type: type[object]) -> dict[str, str]:
     """Each field's default as text, by name."""
-    return {item.name: _text(item.default) for item in fields(settings_type)}  # type: ignore[arg-type]
+    return {setting_name(item): _text(item.default) for item in fields(settings_type)}  # type: ignore[arg-type]
 
 
 def _text(value: object) -> str:
@@ -193,6 +316,10 @@ def parse_plan_bits(text: str) -> tuple[int, ...]:
     known = {str(bits) for bits in BIT_RANGE}
     _require(len(parts) > 1 and parts <= known, f"plan_bits={text}: give at least two of 2 to 8, as in 4,8")
     return tuple(sorted(int(part) for part in parts))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _require_budget(avg_bits: float, choices: tuple[int, ...], scheme: Scheme) -> None:

@@ -8,7 +8,14 @@ import pytest
 
 from quantrack.datasets.coco import Category, EvaluationSet, Picture, TrueBox
 from quantrack.errors import QuantrackError
-from quantrack.evaluation.samples import GAP, TITLE_HEIGHT, choose_samples, class_colour, sample_picture
+from quantrack.evaluation.samples import (
+    GAP,
+    TITLE_HEIGHT,
+    choose_samples,
+    class_colour,
+    draw_detections,
+    sample_picture,
+)
 from quantrack.evaluation.types import Detection
 
 CATEGORIES = (Category(1, "person"), Category(18, "dog"))
@@ -82,3 +89,17 @@ def test_samples_are_evenly_spaced_over_annotated_pictures() -> None:
 def test_fewer_pictures_than_samples() -> None:
     assert [picture.id for picture in choose_samples(many_pictures({4, 8}))] == [4, 8]
     assert choose_samples(many_pictures(set())) == ()
+
+
+def test_boxes_are_drawn_in_the_pictures_own_size() -> None:
+    for width, line in ((320, 2), (3200, 10)):
+        picture = np.full((width // 2, width, 3), 128, dtype=np.uint8)
+        box = Detection(0, 7, (width * 0.25, width * 0.125, width * 0.5, width * 0.25), 0.8)
+        drawn = draw_detections(picture, [box], {7: "cat"})
+        assert drawn.shape == picture.shape
+        assert (picture == 128).all()
+        column = drawn[width // 4, : width // 2]  # across the box's left edge, below its label
+        coloured = np.flatnonzero((column == class_colour(7)).all(axis=1))
+        assert abs(coloured.mean() - width * 0.25) <= 1
+        assert line - 1 <= len(coloured) <= line + 1
+        np.testing.assert_array_equal(drawn, draw_detections(picture, [box], {7: "cat"}))

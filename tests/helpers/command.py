@@ -12,6 +12,7 @@ import mlflow
 from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ def run_pipeline(folder: Path, name: str, *options: str) -> Done:
     code, stderr, before = 0, StringIO(), Path.cwd()
     os.chdir(folder)
     try:
-        with patch.object(sys, "argv", [name, *options]), patch.object(sys, "stderr", stderr):
+        with (
+            patch.object(sys, "argv", [name, *options]),
+            patch.object(sys, "stderr", stderr),
+            patch.object(sys, "path", [str(ROOT / "pipelines"), *sys.path]),  # as Python does for a script
+        ):
             runpy.run_path(str(ROOT / f"pipelines/{name}.py"), run_name="__main__")
     except SystemExit as stop:
         code = int(stop.code or 0)

@@ -6,10 +6,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from command import run_pipeline, use_store
+from command import DEMO, run_pipeline, use_store
 from mlflow.entities import Run
 
-DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
 METRICS = {
     "mAP50-95", "mAP50", "mAP75", "mAP50-95_small", "mAP50-95_medium", "mAP50-95_large", "AR100", "mAP50-95_drop",
     "mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high",
@@ -39,13 +38,6 @@ def artifacts(run: Run, path: str = "") -> set[str]:
     for entry in mlflow.MlflowClient().list_artifacts(run.info.run_id, path or None):
         found |= artifacts(run, entry.path) if entry.is_dir else {entry.path}
     return found
-
-
-@pytest.fixture(scope="session")
-def ptq_run(shared_store: Path) -> Run:
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "W4A8")
-    assert done.returncode == 0, done.stderr
-    return named(shared_store, "ptq-w4a8-default-yolov10n-demo")
 
 
 def test_ptq_logs_the_whole_contract(ptq_run: Run) -> None:

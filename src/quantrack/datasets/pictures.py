@@ -33,6 +33,11 @@ def picture_problem(path: Path) -> str | None:
         content = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    return content_problem(content)
+
+
+def content_problem(content: bytes) -> str | None:
+    """Why the bytes of a picture file are no whole picture, without decoding them; None if they look whole."""
     if not content:
         return "empty"
     if content[:2] == JPEG_START and JPEG_END not in content[-4096:]:
@@ -49,10 +54,22 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     problem = picture_problem(path)
     if problem is not None:
         raise QuantrackError(f"{path}: {problem}; fetch it again")
-    picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    picture = decode_picture(path.read_bytes())
     if picture is None:
         raise QuantrackError(f"{path}: not a readable picture; fetch it again")
-    return np.asarray(picture, dtype=np.uint8)
+    return picture
+
+
+def decode_picture(content: bytes) -> NDArray[np.uint8] | None:
+    """Decode the bytes of a picture file to BGR, shape [height, width, 3]; None if they cannot be.
+
+    Grey becomes colour, alpha is dropped, and the EXIF orientation is applied.
+    """
+    try:
+        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # for some broken files OpenCV answers None, for others it raises
+        return None
+    return None if picture is None else np.asarray(picture, dtype=np.uint8)
 
 
 def letterbox(picture: NDArray[np.uint8], imgsz: int) -> tuple[NDArray[np.float32], Letterbox]:
@@ -64,7 +81,8 @@ def letterbox(picture: NDArray[np.uint8], imgsz: int) -> tuple[NDArray[np.float3
     """
     height, width = picture.shape[:2]
     scale = min(imgsz / height, imgsz / width)
-    new_width, new_height = round(width * scale), round(height * scale)
+    # of a picture longer than two input sides per pixel of its width, one column is left
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
     if (new_width, new_height) != (width, height):
         picture = np.asarray(
             cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_LINEAR), dtype=np.uint8

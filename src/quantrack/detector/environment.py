@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,23 @@ def cache_folder() -> Path:
     """Quantrack's own cache: `QUANTRACK_CACHE`, or `~/.cache/quantrack`."""
     chosen = os.environ.get("QUANTRACK_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache/quantrack"
+
+
+@contextmanager
+def fresh_cache() -> Iterator[None]:
+    """A cache that holds nothing but the downloaded weights, for a while: all steps are done anew."""
+    chosen, weights = os.environ.get("QUANTRACK_CACHE"), cache_folder() / "weights"
+    with tempfile.TemporaryDirectory() as folder:
+        if weights.is_dir():
+            (Path(folder) / "weights").symlink_to(weights.resolve())
+        os.environ["QUANTRACK_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if chosen is None:
+                del os.environ["QUANTRACK_CACHE"]
+            else:
+                os.environ["QUANTRACK_CACHE"] = chosen
 
 
 def prepare() -> None:

@@ -77,6 +77,31 @@ def sample_picture(
     return np.concatenate(parts, axis=1)
 
 
+def split_panels(sample: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The panels of a picture that `sample_picture` drew: title bars are dark, the gaps between them are not."""
+    gap = (sample[: TITLE_HEIGHT // 2] == PAPER).all(axis=(0, 2))
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True])).astype(np.int8)))
+    return [sample[:, start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def draw_detections(
+    picture: NDArray[np.uint8], detections: Sequence[Detection], names: dict[int, str]
+) -> NDArray[np.uint8]:
+    """Draw boxes with class and score on a picture in its own size, lines and letters in proportion.
+
+    Args:
+        picture: RGB, shape [height, width, 3]; it is not changed.
+        detections: of this picture; all of them are drawn.
+
+    Returns:
+        RGB of the same shape.
+    """
+    canvas = np.array(picture, dtype=np.uint8, order="C")
+    zoom = max(1.0, max(canvas.shape[:2]) / PANEL_SIDE)
+    _draw_marks(canvas, [_mark(detection, names) for detection in reversed(detections)], 1.0, zoom)
+    return canvas
+
+
 def class_colour(category_id: int) -> Colour:
     """A bright RGB colour that depends on the category alone.
 
@@ -103,14 +128,15 @@ def _true_marks(picture: Picture, truth: Sequence[TrueBox], names: dict[int, str
 def _marks(picture: Picture, detections: Sequence[Detection], names: dict[int, str], threshold: float) -> list[_Mark]:
     """The weakest first, so that the strongest lie on top."""
     return [
-        _Mark(
-            detection.xywh,
-            f"{_name(detection.category_id, names)} {detection.score:.2f}",
-            class_colour(detection.category_id),
-        )
+        _mark(detection, names)
         for detection in sorted(detections, key=lambda detection: detection.score)
         if detection.image_id == picture.id and detection.score >= threshold
     ]
+
+
+def _mark(detection: Detection, names: dict[int, str]) -> _Mark:
+    text = f"{_name(detection.category_id, names)} {detection.score:.2f}"
+    return _Mark(detection.xywh, text, class_colour(detection.category_id))
 
 
 def _name(category_id: int, names: dict[int, str]) -> str:
@@ -123,26 +149,32 @@ def _panel(pixels: NDArray[np.uint8], title: str, marks: Sequence[_Mark]) -> NDA
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     canvas = np.array(cv2.resize(pixels, size, interpolation=interpolation), dtype=np.uint8)
-    for mark in marks:
-        x, y, box_width, box_height = (value * scale for value in mark.xywh)
-        corner = (round(x + box_width), round(y + box_height))
-        cv2.rectangle(canvas, (round(x), round(y)), corner, mark.colour, 2, cv2.LINE_AA)
-    for mark in marks:
-        _draw_label(canvas, mark, scale)
+    _draw_marks(canvas, marks, scale)
     return np.concatenate((_title_bar(title, size[0], len(marks)), canvas), axis=0)
 
 
-def _draw_label(canvas: NDArray[np.uint8], mark: _Mark, scale: float) -> None:
+def _draw_marks(canvas: NDArray[np.uint8], marks: Sequence[_Mark], scale: float, zoom: float = 1.0) -> None:
+    """Boxes first, labels over all of them; canvas pixel = picture pixel * scale, `zoom` widens lines and letters."""
+    for mark in marks:
+        x, y, box_width, box_height = (value * scale for value in mark.xywh)
+        corner = (round(x + box_width), round(y + box_height))
+        cv2.rectangle(canvas, (round(x), round(y)), corner, mark.colour, round(2 * zoom), cv2.LINE_AA)
+    for mark in marks:
+        _draw_label(canvas, mark, scale, zoom)
+
+
+def _draw_label(canvas: NDArray[np.uint8], mark: _Mark, scale: float, zoom: float) -> None:
     """Write the text above the box, or inside where there is no room above."""
-    (width, height), baseline = cv2.getTextSize(mark.text, FONT, LABEL_FONT, 1)
-    full_width, full_height = width + 2 * LABEL_PAD, height + baseline + LABEL_PAD
+    font, stroke, pad = LABEL_FONT * zoom, round(zoom), round(LABEL_PAD * zoom)
+    (width, height), baseline = cv2.getTextSize(mark.text, FONT, font, stroke)
+    full_width, full_height = width + 2 * pad, height + baseline + pad
     left = max(0, min(round(mark.xywh[0] * scale) - 1, canvas.shape[1] - full_width))
     top = round(mark.xywh[1] * scale) - full_height
     if top < 0:
         top = max(0, min(top + full_height, canvas.shape[0] - full_height))
     cv2.rectangle(canvas, (left, top), (left + full_width, top + full_height), mark.colour, cv2.FILLED)
-    place = (left + LABEL_PAD, top + full_height - baseline)
-    cv2.putText(canvas, mark.text, place, FONT, LABEL_FONT, _ink_on(mark.colour), 1, cv2.LINE_AA)
+    place = (left + pad, top + full_height - baseline)
+    cv2.putText(canvas, mark.text, place, FONT, font, _ink_on(mark.colour), stroke, cv2.LINE_AA)
 
 
 def _ink_on(colour: Colour) -> Colour:

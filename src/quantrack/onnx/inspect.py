@@ -20,7 +20,10 @@ FACTS_KEY = "quantrack"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What an exported file says of itself, so that it can be evaluated and compared on its own."""
+    """What an exported file says of itself, so that it can be evaluated, compared and served on its own.
+
+    `category_ids` are the annotation file's ids of the classes; empty in files older than the field.
+    """
 
     model: str
     model_digest: str
@@ -30,6 +33,7 @@ class ModelFacts:
     recipe: str
     class_names: tuple[str, ...]
     weight_bits_avg: float | None = None
+    category_ids: tuple[int, ...] = ()
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -106,5 +110,6 @@ def read_facts(path: Path) -> ModelFacts | None:
     for entry in load_onnx(path).metadata_props:
         if entry.key == FACTS_KEY:
             content = json.loads(entry.value)
-            return ModelFacts(**(content | {"class_names": tuple(content["class_names"])}))
+            lists = {name: tuple(content.get(name, ())) for name in ("class_names", "category_ids")}
+            return ModelFacts(**(content | lists))
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
+from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.bootstrap import paired_drop_interval
@@ -21,12 +22,15 @@ from quantrack.onnx.files import export_float_files
 from quantrack.onnx.inspect import ModelFacts
 from quantrack.progress import say
 from quantrack.runtime.session import open_session
+from quantrack.settings import BaselineSettings, parse_settings
+from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
+from quantrack.tracking.record import log_run_digest
 from quantrack.tracking.result import ComparisonKey, log_result
-from quantrack.tracking.run import name_run, tracked_run
+from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 
-ACCURACY = "mAP50-95"
 FLOAT_RECIPE = "float"
+OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0}  # float32 held against itself
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Baseline:
     run_id: str
     metrics: Mapping[str, float]
     detections: Sequence[Detection]
+    device_name: str
+
+    def against(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
+        """`mAP50-95_drop` in points, its 95 % interval, and `latency_ratio` where the processor is the same."""
+        ratio = {}
+        if self.device_name == device_name(proof.speed.provider) and LATENCY in self.metrics:
+            ratio = {LATENCY_RATIO: proof.speed.latency.metrics()[LATENCY] / self.metrics[LATENCY]}
+        return self.drop(proof, evaluation_set) | ratio
 
     def drop(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
         """`mAP50-95_drop` in points and its 95 % interval; absent where either side was not measured."""
@@ -59,21 +71,24 @@ def measure_baseline(
     `reference` is the float32 baseline that another precision is held against.
     """
     log_inputs(evaluation_set, None)
+    # so that the UI's axes and columns of modes and recipes hold the baselines as well
+    log_new_parameters({"mode": facts.mode, "recipe": facts.recipe})
     with tempfile.TemporaryDirectory() as folder:
         files = export_float_files(detector.model, facts, Path(folder))
         session = open_session(files.optimized, provider)
         proof = prove(session, evaluation_set, facts.head, latency_runs, detector.model)
-        further = reference.drop(proof, evaluation_set) if reference else {f"{ACCURACY}_drop": 0.0}
+        further = reference.against(proof, evaluation_set) if reference else OWN_REFERENCE
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     active = mlflow.active_run()
-    return Baseline(active.info.run_id if active else "", metrics, proof.detections)
+    device = device_name(proof.speed.provider)
+    return Baseline(active.info.run_id if active else "", metrics, proof.detections, device)
 
 
-def find_baseline(key: ComparisonKey) -> Baseline | None:
+def find_baseline(key: ComparisonKey, further_tags: Mapping[str, str] | None = None) -> Baseline | None:
     """The newest finished float32 baseline of the same key in the active run's experiment."""
     active = mlflow.active_run()
-    wanted = {"entry_point": "baseline", "mode": "fp32"} | key.tags()
+    wanted = {"entry_point": "baseline", "mode": "fp32", **key.tags(), **(further_tags or {})}
     clauses = [f"tags.`{name}` = '{value}'" for name, value in wanted.items()]
     runs = mlflow.search_runs(
         experiment_ids=[active.info.experiment_id] if active else None,
@@ -93,14 +108,16 @@ def find_or_measure_baseline(
     parameters: Mapping[str, str],
     latency_runs: int,
 ) -> Baseline:
-    """Reuse the float32 baseline of this key, or measure it in a nested run of the same settings."""
-    baseline = find_baseline(key)
+    """Reuse the float32 baseline of this key and processor, or measure it in a nested run of the same settings."""
+    baseline = find_baseline(key, {"device_name": device_name(key.provider)})
     if baseline is not None:
         say(f"float32 baseline: reusing run {baseline.run_id}")
     else:
         say("float32 baseline: not in this experiment yet; measuring it in a nested run")
-        with tracked_run("baseline", {**parameters, "precision": "fp32"}, nested=True):
+        texts = {**parameters, "precision": "fp32"}
+        with tracked_run("baseline", texts, nested=True):
             name_run(f"baseline-fp32-{facts.model}")
+            log_run_digest(parse_settings(BaselineSettings, texts), detector, evaluation_set, None)
             baseline = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs, None)
     mlflow.set_tag("baseline_run_id", baseline.run_id)
     return baseline
@@ -108,4 +125,6 @@ def find_or_measure_baseline(
 
 def _read_baseline(run: Run) -> Baseline:
     text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/detections.json")
-    return Baseline(run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)))
+    return Baseline(
+        run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)), run.data.tags["device_name"]
+    )

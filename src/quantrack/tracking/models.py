@@ -7,45 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
-import mlflow.onnx
-import numpy as np
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.models import Model
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import QuantrackError
-from quantrack.onnx.export import INPUT_NAME, OUTPUT_NAME
-from quantrack.onnx.inspect import load_onnx
 from quantrack.quantization.bit_plan import BitPlan, read_plan
-from quantrack.tracking.environment import installed_versions
+from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-
-SERVING_PACKAGES = ("mlflow", "numpy", "onnx", "onnxruntime-gpu")
 
 
 def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_set: EvaluationSet) -> None:
-    """Log the file that was run, and the run's metrics linked to it and to the evaluation set."""
-    model = load_onnx(path)
-    versions = installed_versions()
-    info = mlflow.onnx.log_model(
-        model,
+    """Log the file that was run as a model that takes pictures, linked to the run's metrics and the evaluation set."""
+    info = Model.log(
+        artifact_path=None,
         name=name,
-        signature=_signature(path),
-        save_as_external_data=False,  # one file, as it was measured
-        pip_requirements=[f"{package}=={versions[package]}" for package in SERVING_PACKAGES],
+        flavor=detector_flavor,
+        onnx_file=path,
+        validate_serving_input=False,  # MLflow would load the model again here; it is the file just measured
     )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id, dataset=evaluation_dataset(evaluation_set))
-
-
-def _signature(path: Path) -> ModelSignature:
-    graph = load_onnx(path).graph
-    shapes = [
-        tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        for value in (graph.input[0], graph.output[0])
-    ]
-    kind = np.dtype(np.float32)
-    inputs = Schema([TensorSpec(kind, shapes[0], INPUT_NAME)])
-    return ModelSignature(inputs=inputs, outputs=Schema([TensorSpec(kind, shapes[1], OUTPUT_NAME)]))
 
 
 def fetch(reference: str, setting: str, folder: Path) -> Path:
@@ -76,16 +56,16 @@ def fetch_plan(reference: str) -> BitPlan:
         return read_plan(fetch(reference, "plan", Path(folder)))
 
 
-def fetch_onnx(reference: str, folder: Path) -> Path:
+def fetch_onnx(reference: str, folder: Path, setting: str = "onnx") -> Path:
     """The ONNX file behind a path, `runs:/...` or `models:/...`; remote ones are copied to `folder`.
 
     Raises:
         QuantrackError: there is no such file, run or model, or the reference holds no ONNX file.
     """
-    fetched = fetch(reference, "onnx", folder)
+    fetched = fetch(reference, setting, folder)
     if fetched.is_file():
         return fetched
     found = sorted(fetched.rglob("*-opt.onnx")) or sorted(fetched.rglob("*.onnx"))
     if not found:
-        raise QuantrackError(f"onnx={reference}: holds no ONNX file; name one, for example {reference}/FILE.onnx")
+        raise QuantrackError(f"{setting}={reference}: holds no ONNX file; name one, for example {reference}/FILE.onnx")
     return found[0]

@@ -44,9 +44,14 @@ def comparison_key(facts: ModelFacts, evaluation_set: EvaluationSet, provider: s
 
 
 def detector_facts(
-    detector: Detector, imgsz: int, mode: str, recipe: str, weight_bits_avg: float | None = None
+    detector: Detector,
+    evaluation_set: EvaluationSet,
+    imgsz: int,
+    mode: str,
+    recipe: str,
+    weight_bits_avg: float | None = None,
 ) -> ModelFacts:
-    """What an exported file of this detector will say of itself."""
+    """What an exported file of this detector, which has the classes of the set, will say of itself."""
     return ModelFacts(
         detector.name,
         detector.digest,
@@ -56,6 +61,7 @@ def detector_facts(
         recipe,
         detector.class_names,
         weight_bits_avg,
+        tuple(category.id for category in evaluation_set.categories),
     )
 
 

@@ -1,0 +1,49 @@
+"""Do a finished run again from its record, and say whether the same comes of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from baseline import baseline
+from evaluate import evaluate
+from ptq import ptq
+
+from quantrack.detector.environment import fresh_cache
+from quantrack.entry import run_entry_point
+from quantrack.errors import QuantrackError
+from quantrack.progress import say
+from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, ReproduceSettings, SharedSettings
+from quantrack.settings import setting_texts as texts
+from quantrack.tracking.reproduce import log_reproduction, read_record
+from quantrack.tracking.run import finished_run, name_run, tracked_run
+
+
+def reproduce(settings: ReproduceSettings) -> None:
+    """Run baseline, ptq or evaluate again from a run's record; fails if metrics, digests or files differ."""
+    with tempfile.TemporaryDirectory() as folder, fresh_cache():
+        record = read_record(settings.run_id, settings.data_root, Path(folder))
+        name_run(f"reproduce-{record.run.info.run_name}")
+        with tracked_run(record.entry_point, texts(record.settings), nested=True) as again:
+            do_again(record.settings)
+        found = log_reproduction(record, finished_run(again.info.run_id))
+    if found:
+        listed = "; ".join(difference.text for difference in found[:5])
+        more = f"; and {len(found) - 5} more in reproduction.json" if len(found) > 5 else ""
+        raise QuantrackError(f"run {settings.run_id} was not reproduced: {listed}{more}")
+    say(f"run {settings.run_id} is reproduced: metrics, digests and files are equal")
+
+
+def do_again(settings: SharedSettings) -> None:
+    """The entry point that the settings are of."""
+    match settings:
+        case BaselineSettings():
+            baseline(settings)
+        case PtqSettings():
+            ptq(settings)
+        case OnnxSettings():
+            evaluate(settings)
+
+
+if __name__ == "__main__":
+    run_entry_point("reproduce", ReproduceSettings, reproduce)

@@ -1,0 +1,1 @@
+"""What runs say side by side: groups that may be compared, tables, plots, the report, promotion gates."""

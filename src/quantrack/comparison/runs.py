@@ -1,0 +1,135 @@
+"""A finished run as the comparison sees it, and which runs may be compared with each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+ACCURACY, LATENCY, LATENCY_RATIO, SIZE = "mAP50-95", "latency_ms_p50", "latency_ratio", "onnx_mb"
+FLOAT_LABELS = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a number was measured on: only runs where all of this is equal are ranked together."""
+
+    pictures: str
+    evaluation_digest: str
+    head: str
+    imgsz: str
+    provider: str
+    device_name: str
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.pictures} (digest {self.evaluation_digest[:12]}), head {self.head}, {self.imgsz} px, "
+            f"ONNX Runtime {self.provider} on {self.device_name}"
+        )
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Average precision of one class with ground truth, and its true boxes."""
+
+    name: str
+    ap: float
+    boxes: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with the true boxes and with the run's detections drawn on it: RGB, shape [height, width, 3]."""
+
+    name: str
+    truth: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """What one run measured; what it did not measure is absent.
+
+    `ranges` are its activation quantizers' lower and upper ends by layer, empty where activations stay
+    float; `classes` are those with ground truth.
+    """
+
+    run_id: str
+    name: str
+    mode: str
+    recipe: str
+    model: str
+    circumstances: Circumstances
+    metrics: Mapping[str, float]
+    classes: tuple[ClassScore, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs measured under the same circumstances, the best accuracy first."""
+
+    circumstances: Circumstances
+    runs: tuple[ComparedRun, ...]
+
+    def float_run(self, model: str) -> ComparedRun | None:
+        """The newest float32 run of a model in this group."""
+        return next((run for run in self.runs if run.mode == "fp32" and run.model == model), None)
+
+
+def comparable_groups(runs: Sequence[ComparedRun]) -> tuple[Group, ...]:
+    """Runs grouped by circumstances, the largest group first, each run labelled."""
+    labelled = labels(runs)
+    found: dict[Circumstances, list[ComparedRun]] = {}
+    for run in labelled:
+        found.setdefault(run.circumstances, []).append(run)
+    groups = [Group(key, tuple(sorted(members, key=_rank))) for key, members in found.items()]
+    return tuple(sorted(groups, key=lambda group: -len(group.runs)))
+
+
+def labels(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
+    """The runs with a short label each, made longer only where two would have the same.
+
+    A label says the mode, then the recipe, the average bits, the model and the run, as far as needed.
+    """
+    names = [[part] for part in (FLOAT_LABELS.get(run.mode, run.mode.upper()) for run in runs)]
+    for more in (_recipe, _bits, lambda run: run.model, lambda run: run.run_id[:8]):
+        counts = Counter(" ".join(name) for name in names)
+        for name, run in zip(names, runs, strict=True):
+            if counts[" ".join(name)] > 1 and more(run):
+                name.append(more(run))
+    return tuple(replace(run, label=" ".join(name)) for run, name in zip(runs, names, strict=True))
+
+
+def _recipe(run: ComparedRun) -> str:
+    return "" if run.mode in FLOAT_LABELS else run.recipe
+
+
+def _bits(run: ComparedRun) -> str:
+    bits = run.metrics.get("weight_bits_avg")
+    return "" if bits is None else f"{bits:.2f} bits"
+
+
+def _rank(run: ComparedRun) -> float:
+    return -run.metrics.get(ACCURACY, float("-inf"))
+
+
+def pareto_front(runs: Sequence[ComparedRun], cost: str) -> tuple[ComparedRun, ...]:
+    """The runs that no other beats in accuracy without costing more; runs lacking either are left out.
+
+    `cost` is a metric of which less is better.
+    """
+    measured = [run for run in runs if ACCURACY in run.metrics and cost in run.metrics]
+    ordered = sorted(measured, key=lambda run: (run.metrics[cost], -run.metrics[ACCURACY]))
+    front: list[ComparedRun] = []
+    for run in ordered:
+        if not front or run.metrics[ACCURACY] > front[-1].metrics[ACCURACY]:
+            front.append(run)
+    return tuple(front)

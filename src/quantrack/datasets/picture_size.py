@@ -1,0 +1,83 @@
+"""A picture's size from its first bytes, so that an absurdly large one is refused before it is decoded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+KNOWN_FORMATS = "JPEG, PNG, WebP or BMP"
+_JPEG, _PNG, _BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"
+_RIFF, _WEBP = b"RIFF", b"WEBP"
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are tables, not frames
+_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers that no length follows
+
+
+def looks_like_picture(content: bytes) -> bool:
+    """Whether the first bytes are those of a known format.
+
+    >>> looks_like_picture(b"BM6..."), looks_like_picture(b"<html>")
+    (True, False)
+    """
+    return content.startswith((_JPEG, _PNG, _BMP)) or (content[:4] == _RIFF and content[8:12] == _WEBP)
+
+
+def encoded_size(content: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels that the header names; None if no known format's header is there."""
+    if content.startswith(_PNG):
+        return _sides(content, 16, 4, "big")
+    if content.startswith(_JPEG):
+        return _jpeg_size(content)
+    if content.startswith(_BMP):
+        return _bmp_size(content)
+    if content[:4] == _RIFF and content[8:12] == _WEBP:
+        return _webp_size(content)
+    return None
+
+
+def _sides(content: bytes, start: int, count: int, order: Literal["big", "little"]) -> tuple[int, int] | None:
+    """Two unsigned numbers of `count` bytes each."""
+    middle, end = start + count, start + 2 * count
+    if len(content) < end:
+        return None
+    return int.from_bytes(content[start:middle], order), int.from_bytes(content[middle:end], order)
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Walk the segments to the first frame header."""
+    place = 2
+    while (place := content.find(b"\xff", place)) >= 0 and place + 4 <= len(content):
+        marker = content[place + 1]
+        if marker in (0x00, 0xFF):  # stuffing or padding
+            place += 1
+        elif marker in _JPEG_ALONE:
+            place += 2
+        elif marker in _JPEG_FRAMES:
+            sides = _sides(content, place + 5, 2, "big")
+            return sides and (sides[1], sides[0])
+        else:
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return None
+
+
+def _bmp_size(content: bytes) -> tuple[int, int] | None:
+    """OS/2's old header has 16-bit sides; later ones have signed 32-bit sides, negative if stored top-down."""
+    if int.from_bytes(content[14:18], "little") == 12:
+        return _sides(content, 18, 2, "little")
+    if len(content) < 26:
+        return None
+    width, height = (int.from_bytes(content[at : at + 4], "little", signed=True) for at in (18, 22))
+    return abs(width), abs(height)
+
+
+def _webp_size(content: bytes) -> tuple[int, int] | None:
+    """Lossy, lossless and extended files each say it in their own place."""
+    kind = content[12:16]
+    if kind == b"VP8X":
+        sides = _sides(content, 24, 3, "little")
+        return sides and (sides[0] + 1, sides[1] + 1)
+    if kind == b"VP8 ":
+        sides = _sides(content, 26, 2, "little")
+        return sides and (sides[0] & 0x3FFF, sides[1] & 0x3FFF)  # the two high bits are a scale
+    if kind == b"VP8L" and len(content) >= 25:
+        bits = int.from_bytes(content[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None

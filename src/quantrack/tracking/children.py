@@ -1,0 +1,59 @@
+"""Nested runs of other entry points: found finished, or made; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantrack.errors import QuantrackError
+from quantrack.progress import say
+from quantrack.settings import SharedSettings, setting_texts
+from quantrack.tracking.record import find_finished
+from quantrack.tracking.run import tracked_run
+
+
+class Children:
+    """The runs of a parent's children, in the order in which they were asked for, and what failed."""
+
+    def __init__(self) -> None:
+        self._run_ids: list[str] = []
+        self._failures: dict[str, str] = {}
+
+    def find_or_run(
+        self, name: str, entry: str, settings: SharedSettings, digest: str, pipeline: Callable[[], None]
+    ) -> None:
+        """Take the finished run with this digest, or run the pipeline in a nested run of that entry point."""
+        found = find_finished(digest)
+        if found is not None:
+            say(f"{name}: reusing run {found.info.run_id}")
+            self._run_ids.append(found.info.run_id)
+            return
+        say(f"{name}: measuring")
+        try:
+            with tracked_run(entry, setting_texts(settings), nested=True) as run:
+                pipeline()
+        except QuantrackError as error:
+            say(f"{name}: failed: {error}")
+            self._failures[name] = str(error)
+        else:
+            self._run_ids.append(run.info.run_id)
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """The finished runs.
+
+        Raises:
+            QuantrackError: all have failed.
+        """
+        if not self._run_ids:
+            self.require_all_finished()
+        return tuple(self._run_ids)
+
+    def require_all_finished(self) -> None:
+        """Fail, naming the children that did.
+
+        Raises:
+            QuantrackError: at least one child failed.
+        """
+        if self._failures:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self._failures.items())
+            raise QuantrackError(f"{len(self._failures)} of the modes failed, the others are compared: {listed}")

@@ -1,0 +1,137 @@
+"""Read finished runs for a comparison, and log the comparison to the active run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mlflow
+import numpy as np
+from mlflow.entities import Run
+
+from quantrack.comparison.plots import LIGHT
+from quantrack.comparison.report import group_plots, report_html
+from quantrack.comparison.runs import Circumstances, ClassScore, ComparedRun, Group, Sample
+from quantrack.comparison.table import summary_markdown, table_columns
+from quantrack.errors import QuantrackError
+from quantrack.evaluation.samples import split_panels
+from quantrack.tracking.environment import git_commit
+
+COMPARED = "compared_run_ids"
+CIRCUMSTANCES = ("evaluation_digest", "head", "imgsz", "provider", "device_name")
+SAMPLES = 4
+
+
+def read_runs(run_ids: Sequence[str]) -> tuple[ComparedRun, ...]:
+    """The runs of these ids, in order.
+
+    Raises:
+        QuantrackError: one is not there, is not finished, or measured no accuracy.
+    """
+    return tuple(read_run(run_id) for run_id in dict.fromkeys(run_ids))
+
+
+def read_run(run_id: str) -> ComparedRun:
+    """One finished run of `baseline`, `ptq` or `evaluate`.
+
+    Raises:
+        QuantrackError: it is not there, is not finished, or measured no accuracy.
+    """
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise QuantrackError(
+            f"runs={run_id}: no such run at {mlflow.get_tracking_uri()}; give ids of runs of baseline, ptq or evaluate"
+        ) from error
+    if run.info.status != "FINISHED":
+        raise QuantrackError(f"runs={run_id}: the run is {run.info.status}; only finished runs are compared")
+    missing = [tag for tag in (*CIRCUMSTANCES, "mode", "recipe", "model_name") if tag not in run.data.tags]
+    if missing:
+        raise QuantrackError(
+            f"runs={run_id}: it does not say its {missing[0]}; give ids of runs of baseline, ptq or evaluate"
+        )
+    return _compared(run)
+
+
+def _compared(run: Run) -> ComparedRun:
+    tags, run_id = run.data.tags, run.info.run_id
+    with tempfile.TemporaryDirectory() as folder:
+        return ComparedRun(
+            run_id, run.info.run_name or run_id, tags["mode"], tags["recipe"], tags["model_name"],
+            Circumstances(_pictures(run), *(tags[name] for name in CIRCUMSTANCES)), dict(run.data.metrics),
+            _classes(run_id), _ranges(run_id), _samples(run_id, Path(folder)),
+        )  # fmt: skip
+
+
+def _pictures(run: Run) -> str:
+    """The name of the evaluation set."""
+    for used in run.inputs.dataset_inputs if run.inputs else ():
+        if any(tag.value == "evaluation" for tag in used.tags):
+            return str(used.dataset.name)
+    return "pictures"
+
+
+def _classes(run_id: str) -> tuple[ClassScore, ...]:
+    content = _json(run_id, "per_class_ap.json")
+    if not content:
+        return ()
+    at = {name: place for place, name in enumerate(content["columns"])}
+    return tuple(
+        ClassScore(str(row[at["class"]]), float(row[at["AP50-95"]]), int(row[at["boxes"]])) for row in content["data"]
+    )
+
+
+def _ranges(run_id: str) -> dict[str, tuple[float, float]]:
+    quantizers = _json(run_id, "calibration.json").get("activation_quantizers", {})
+    return {name: (float(one["minimum"]), float(one["maximum"])) for name, one in quantizers.items()}
+
+
+def _json(run_id: str, name: str) -> Mapping[str, Any]:
+    """A JSON artifact; empty where the run has none."""
+    if name not in {entry.path for entry in mlflow.MlflowClient().list_artifacts(run_id)}:
+        return {}
+    content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
+    return content
+
+
+def _samples(run_id: str, folder: Path) -> tuple[Sample, ...]:
+    """The first sample pictures, cut to the ground truth and the run's own panel."""
+    client = mlflow.MlflowClient()
+    names = sorted(entry.path for entry in client.list_artifacts(run_id, "samples") if entry.path.endswith(".png"))
+    samples = []
+    for name in names[:SAMPLES]:
+        picture = cv2.imread(client.download_artifacts(run_id, name, str(folder)))
+        if picture is not None:
+            panels = split_panels(np.ascontiguousarray(picture[:, :, ::-1], dtype=np.uint8))
+            samples.append(Sample(Path(name).name, panels[0], panels[-1]))
+    return tuple(samples)
+
+
+def log_comparison(groups: Sequence[Group], title: str) -> None:
+    """`comparison.json` (a table), `report.html`, `summary.md`, a plot of each kind and group; the description."""
+    run_ids = [run.run_id for group in groups for run in group.runs]
+    mlflow.set_tag(COMPARED, ",".join(run_ids))
+    mlflow.log_table(table_columns(groups), "comparison.json")
+    text = summary_markdown(groups, title)
+    mlflow.log_text(text, "summary.md")
+    mlflow.set_tag("mlflow.note.content", text)
+    mlflow.log_text(report_html(groups, title, _made()), "report.html")
+    for number, group in enumerate(groups, 1):
+        suffix = f"_group{number}" if len(groups) > 1 else ""
+        for plot in group_plots(group):
+            figure = plot.draw(LIGHT)
+            if figure is not None:
+                mlflow.log_figure(figure, f"plots/{plot.name}{suffix}.png")
+
+
+def _made() -> str:
+    """When and by which code the comparison was made."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    commit = git_commit().get("git_commit", "")
+    return f"Made {now} by Quantrack {version('quantrack')}" + (f", commit {commit[:12]}" if commit else "")

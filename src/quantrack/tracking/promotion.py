@@ -1,0 +1,159 @@
+"""Read the runs that may be promoted, and log what was decided about them to the active run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+
+from quantrack.comparison.gates import CONTRACT, IDENTITY, Champion, MeasuredRun, Verdict
+from quantrack.comparison.model_card import Measurement
+from quantrack.errors import QuantrackError
+from quantrack.tracking.log import log_json
+from quantrack.tracking.registry import ABSENT, Move
+
+COMPARED = "compared_run_ids"
+VERSION_TAGS = (*IDENTITY, "git_commit", "baseline_run_id")
+
+
+def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
+    """The run of an id, or the finished ptq runs of a parent: those it compared, else those nested in it.
+
+    Raises:
+        QuantrackError: there is no such run, or the parent has no finished ptq run.
+    """
+    if run_id:
+        return (_measured(_get(run_id, "run_id")),)
+    parent = _get(parent_id, "from")
+    if COMPARED in parent.data.tags:
+        runs = [_get(one.strip(), "from") for one in parent.data.tags[COMPARED].split(",") if one.strip()]
+    else:
+        runs = mlflow.search_runs(
+            experiment_ids=[parent.info.experiment_id],
+            filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
+            output_format="list",
+        )
+    wanted = [run for run in runs if run.info.status == "FINISHED" and run.data.tags.get("entry_point") == "ptq"]
+    if not wanted:
+        raise QuantrackError(f"from={parent_id}: no finished ptq run among its runs; give a compare run, or run_id")
+    return tuple(_measured(run) for run in wanted)
+
+
+def _get(run_id: str, setting: str) -> Run:
+    run = _find(run_id)
+    if run is None:
+        raise QuantrackError(f"{setting}={run_id}: no such run at {mlflow.get_tracking_uri()}")
+    return run
+
+
+def _find(run_id: str) -> Run | None:
+    """The run of an id; None where there is none, or it was deleted."""
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if error.error_code in (ABSENT, "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _measured(run: Run) -> MeasuredRun:
+    models = mlflow.search_logged_models(
+        experiment_ids=[run.info.experiment_id],
+        filter_string=f"source_run_id = '{run.info.run_id}'",
+        output_format="list",
+    )
+    baseline_id = run.data.tags.get("baseline_run_id")
+    baseline = _find(baseline_id) if baseline_id else None
+    ready = tuple(model.model_id for model in models if str(model.status) == "READY")
+    return _facts(run, ready, None if baseline is None else _facts(baseline, (), None))
+
+
+def _facts(run: Run, model_ids: tuple[str, ...], baseline: MeasuredRun | None) -> MeasuredRun:
+    info, data = run.info, run.data
+    name = info.run_name or info.run_id
+    return MeasuredRun(info.run_id, name, info.status, dict(data.metrics), dict(data.tags), model_ids, baseline)
+
+
+def read_measurement(run: MeasuredRun) -> Measurement:
+    """What the model card says beside metrics and tags, from the run's inputs and artifacts.
+
+    Raises:
+        QuantrackError: an artifact that every ptq run logs is not there.
+    """
+    found = mlflow.get_run(run.run_id)
+    calibration, environment = _json(run, "calibration.json"), _json(run, "environment.json")
+    inputs = found.inputs.dataset_inputs if found.inputs else ()
+    names = [used.dataset.name for used in inputs if any(tag.value == "evaluation" for tag in used.tags)]
+    return Measurement(
+        pictures=names[0] if names else "unnamed pictures",
+        timed_runs=found.data.params.get("latency_runs", "an unknown number of"),
+        calibration_pictures=int(calibration["images"]),
+        calibration_seed=int(calibration["seed"]),
+        versions=dict(environment["versions"]),
+    )
+
+
+def _json(run: MeasuredRun, name: str) -> Mapping[str, Any]:
+    try:
+        content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run.run_id}/{name}"))
+    except Exception as error:  # stores raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise QuantrackError(f"run_id={run.run_id}: {name} cannot be read ({reason}); give a run of ptq") from error
+    return content
+
+
+def version_tags(run: MeasuredRun) -> dict[str, str]:
+    """What a version says of itself: identity, figures in full, the run and the promotion it came from."""
+    active = mlflow.active_run()
+    figures = {name: repr(run.metrics[name]) for name in CONTRACT}
+    identity = {name: run.tags[name] for name in VERSION_TAGS if name in run.tags}
+    return identity | figures | {"run_id": run.run_id, "promotion_run_id": active.info.run_id if active else ""}
+
+
+def log_verdicts(verdicts: Sequence[Verdict], champion: Champion | None, off: Sequence[str]) -> None:
+    """`gates.json`: each gate of each run with value, limit and outcome; a table as the run's description."""
+    log_json(
+        {
+            "champion": None if champion is None else champion.version,
+            "off": list(off),
+            "runs": [
+                {
+                    "run_id": verdict.run.run_id,
+                    "name": verdict.run.name,
+                    "passed": verdict.passed,
+                    "gates": [vars(gate) for gate in verdict.gates],
+                }
+                for verdict in verdicts
+            ],
+        },
+        "gates.json",
+    )
+    lines = ["| run | gate | value | limit | passed |", "| --- | --- | ---: | ---: | --- |"]
+    for verdict in verdicts:
+        for gate in verdict.gates:
+            outcome = "yes" if gate.passed else "no"
+            lines.append(
+                f"| {verdict.run.label} | {gate.gate} | {_cell(gate.value)} | {_cell(gate.limit)} | {outcome} |"
+            )
+    mlflow.set_tag("mlflow.note.content", "\n".join(lines))
+
+
+def _cell(value: float | str | None) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value or "-")
+
+
+def log_promotion(name: str, run: MeasuredRun, version: str, card: str) -> None:
+    """Link the active run to what it promoted, and keep the model card."""
+    mlflow.log_text(card, "model_card.md")
+    mlflow.set_tags({"registered_model": name, "promoted_run_id": run.run_id, "model_version": version})
+
+
+def log_move(name: str, move: Move) -> None:
+    """Where `champion` and `previous` point now."""
+    mlflow.set_tags({"registered_model": name, "champion_version": move.champion, "move": move.kind})
+    if move.previous is not None:
+        mlflow.set_tag("previous_version", move.previous)

@@ -1,0 +1,69 @@
+"""The digest of everything that decides a run's result, and finished runs found by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run
+
+from quantrack.datasets.calibration import CalibrationSet
+from quantrack.datasets.coco import EvaluationSet
+from quantrack.detector.device import resolve_device
+from quantrack.detector.load import Detector
+from quantrack.files import combined_digest, file_digest
+from quantrack.quantization.recipe import parse_recipe
+from quantrack.runtime.session import resolve_provider
+from quantrack.schemes import parse_mode
+from quantrack.settings import PtqSettings, SharedSettings, setting_texts
+from quantrack.tracking.environment import device_name, installed_versions
+from quantrack.tracking.models import fetch_plan
+
+RUN_DIGEST = "run_digest"
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
+BY_CONTENT = (
+    "model", "data_root", "calib_list", "plan", "mode", "recipe", "device", "provider", "trust_checkpoint",
+)  # fmt: skip
+
+
+def run_digest(
+    settings: SharedSettings, detector: Detector, evaluation_set: EvaluationSet, calibration: CalibrationSet | None
+) -> str:
+    """Equal for two runs that would measure the same on this machine.
+
+    Files count by their content, wherever they lie; so do the code of Quantrack, the versions of the
+    libraries, the processor and the provider.
+    """
+    texts = {name: text for name, text in setting_texts(settings).items() if name not in BY_CONTENT}
+    provider = resolve_provider(settings.provider)
+    parts = [type(settings).__name__, repr(sorted(texts.items())), detector.digest, evaluation_set.digest]
+    parts += [calibration.digest if calibration else "", provider, device_name(provider)]
+    parts += [str(resolve_device(settings.device))]
+    if isinstance(settings, PtqSettings):
+        recipe = parse_recipe(settings.recipe)
+        parts += [parse_mode(settings.mode).name, recipe.name, recipe.text()]
+        parts += [repr(fetch_plan(settings.plan).record())] if settings.plan else []
+    parts += [repr(sorted(installed_versions().items()))]
+    parts += [file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))]
+    return combined_digest(parts)
+
+
+def log_run_digest(
+    settings: SharedSettings, detector: Detector, evaluation_set: EvaluationSet, calibration: CalibrationSet | None
+) -> None:
+    """Tag the active run, so that `compare` finds it instead of measuring the same again."""
+    mlflow.set_tag(RUN_DIGEST, run_digest(settings, detector, evaluation_set, calibration))
+
+
+def find_finished(digest: str) -> Run | None:
+    """The newest finished run with this digest in the active run's experiment."""
+    active = mlflow.active_run()
+    runs = mlflow.search_runs(
+        experiment_ids=[active.info.experiment_id] if active else None,
+        filter_string=f"tags.`{RUN_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    return runs[0] if runs else None

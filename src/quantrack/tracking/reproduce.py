@@ -1,0 +1,134 @@
+"""Read a finished run's record, so that it can be done again, and compare what came of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run
+
+from quantrack.errors import QuantrackError
+from quantrack.files import file_digest
+from quantrack.quantization.recipe import RECIPES, Recipe
+from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, SharedSettings, parse_settings
+from quantrack.tracking.log import log_json
+from quantrack.tracking.models import fetch
+
+SETTINGS: dict[str, type[SharedSettings]] = {"baseline": BaselineSettings, "ptq": PtqSettings, "evaluate": OnnxSettings}
+DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest")
+CONTEXT = ("git_commit", "device_name", "provider")
+# What depends on the clock, on the machine's load or on what an earlier run has left behind.
+TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|nodes_on_")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run, and the settings that it ran with."""
+
+    run: Run
+    entry_point: str
+    settings: SharedSettings
+
+
+def read_record(run_id: str, data_root: str, folder: Path) -> Record:
+    """The record of a run; a recipe or plan of its own is fetched into `folder` and used as it was logged.
+
+    `data_root` says where the pictures lie now; empty means where they lay.
+
+    Raises:
+        QuantrackError: there is no such finished run, or it is of an entry point that is not reproduced.
+    """
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise QuantrackError(f"run_id={run_id}: no such run at {mlflow.get_tracking_uri()}") from error
+    entry = run.data.tags.get("entry_point", "")
+    entry = "ptq" if entry == "main" else entry
+    if entry not in SETTINGS or run.info.status != "FINISHED":
+        raise QuantrackError(
+            f"run_id={run_id}: a {run.info.status} run of {entry or 'something else'}; "
+            f"give a finished run of {', '.join(SETTINGS)}"
+        )
+    known = {item.name for item in fields(SETTINGS[entry])}
+    texts = {name: value for name, value in run.data.params.items() if name in known}
+    texts |= _recorded_files(run, texts, folder) | ({"data_root": data_root} if data_root else {})
+    return Record(run, entry, parse_settings(SETTINGS[entry], texts))
+
+
+def _recorded_files(run: Run, texts: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Settings that named what may have changed since, as paths of what the run has logged."""
+    found = {}
+    if texts.get("recipe"):
+        recipe = fetch(f"runs:/{run.info.run_id}/recipe.yaml", "recipe", folder)
+        name = run.data.tags["recipe"]
+        if name not in RECIPES or Recipe(name, RECIPES[name]).text() != recipe.read_text(encoding="utf-8"):
+            found["recipe"] = str(recipe.rename(folder / f"{name}.yaml"))
+    if texts.get("plan", "").strip("'\""):
+        found["plan"] = str(fetch(f"runs:/{run.info.run_id}/plan.json", "plan", folder))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure or digest that is not what it was; None where one of the runs lacks it."""
+
+    name: str
+    before: str | None
+    now: str | None
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} was {self.before}, is {self.now}"
+
+
+def differences(before: Run, now: Run) -> tuple[Difference, ...]:
+    """Metrics (but for timings), digests and the ONNX files' bytes that differ, by name."""
+    pairs = _facts(before), _facts(now)
+    names = sorted(pairs[0].keys() | pairs[1].keys())
+    return tuple(
+        Difference(name, pairs[0].get(name), pairs[1].get(name))
+        for name in names
+        if pairs[0].get(name) != pairs[1].get(name)
+    )
+
+
+def _facts(run: Run) -> dict[str, str]:
+    metrics = {name: repr(value) for name, value in run.data.metrics.items() if not TIMINGS.search(name)}
+    digests = {name: run.data.tags[name] for name in DIGESTS if name in run.data.tags}
+    return metrics | digests | _file_digests(run.info.run_id)
+
+
+def _file_digests(run_id: str) -> dict[str, str]:
+    """Digest of what the cleaned ONNX files hold, by name."""
+    client = mlflow.MlflowClient()
+    paths = [entry.path for entry in client.list_artifacts(run_id, "onnx") if entry.path.endswith(".onnx")]
+    return {path: file_digest(Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{path}"))) for path in paths}
+
+
+def log_reproduction(record: Record, again: Run) -> tuple[Difference, ...]:
+    """`reproduction.json`: what differs and on what both ran; the number of differences as a metric."""
+    found = differences(record.run, again)
+    context = {name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT}
+    versions = {"before": _versions(record.run), "now": _versions(again)}
+    log_json(
+        {
+            "run": record.run.info.run_id,
+            "again": again.info.run_id,
+            "equal": not found,
+            "compared": len(_facts(record.run).keys() | _facts(again).keys()),
+            "differences": [vars(one) for one in found],
+            "context": context | {"versions": versions},
+        },
+        "reproduction.json",
+    )
+    mlflow.log_metrics({"differences": float(len(found))})
+    mlflow.set_tags({"reproduced_run_id": record.run.info.run_id, "again_run_id": again.info.run_id})
+    return found
+
+
+def _versions(run: Run) -> object:
+    return json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/environment.json")).get("versions")

@@ -289,6 +289,7 @@ def slow_look_up(self, run_id):
     return found
 Registry._version_of = slow_look_up
 mlflow.set_tracking_uri(uri)
+Registry(name).aliases()  # connecting takes seconds: done before both start
 print("ready", flush=True)
 input()
 for run in runs:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ACCURACY, LATENCY, LATENCY_RATIO, SIZE = "mAP50-95", "latency_ms_p50", "latency_ratio", "onnx_mb"
+COMPARED = "compared_run_ids"  # the tag of a comparison that lists its runs
 FLOAT_LABELS = {"fp32": "float32", "fp16": "float16"}
 
 

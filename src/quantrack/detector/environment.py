@@ -24,18 +24,12 @@ def cache_folder() -> Path:
 @contextmanager
 def fresh_cache() -> Iterator[None]:
     """A cache that holds nothing but the downloaded weights, for a while: all steps are done anew."""
-    chosen, weights = os.environ.get("QUANTRACK_CACHE"), cache_folder() / "weights"
+    weights = cache_folder() / "weights"
     with tempfile.TemporaryDirectory() as folder:
         if weights.is_dir():
             (Path(folder) / "weights").symlink_to(weights.resolve())
-        os.environ["QUANTRACK_CACHE"] = folder
-        try:
+        with _variable("QUANTRACK_CACHE", folder):
             yield
-        finally:
-            if chosen is None:
-                del os.environ["QUANTRACK_CACHE"]
-            else:
-                os.environ["QUANTRACK_CACHE"] = chosen
 
 
 def prepare() -> None:
@@ -46,7 +40,7 @@ def prepare() -> None:
     os.environ["ULTRALYTICS_SAFE_LOAD"] = "true"  # `activation:` in a *.yaml is parsed, not evaluated
     logger = logging.getLogger("ultralytics")
     logger.setLevel(logging.ERROR)
-    with _offline():
+    with _variable("YOLO_OFFLINE", "true"):  # no name look-ups while it is imported; a download may look later
         from ultralytics.nn import tasks
         from ultralytics.utils import SETTINGS
 
@@ -58,14 +52,14 @@ def prepare() -> None:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """No name look-ups while it is imported; afterwards a download may look again."""
-    before = os.environ.get("YOLO_OFFLINE")
-    os.environ["YOLO_OFFLINE"] = "true"
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["YOLO_OFFLINE"]
+            del os.environ[name]
         else:
-            os.environ["YOLO_OFFLINE"] = before
+            os.environ[name] = before

@@ -17,13 +17,12 @@ from mlflow.entities import Run
 
 from quantrack.comparison.plots import LIGHT
 from quantrack.comparison.report import group_plots, report_html
-from quantrack.comparison.runs import Circumstances, ClassScore, ComparedRun, Group, Sample
+from quantrack.comparison.runs import COMPARED, Circumstances, ClassScore, ComparedRun, Group, Sample
 from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
 from quantrack.tracking.environment import git_commit
 
-COMPARED = "compared_run_ids"
 CIRCUMSTANCES = ("evaluation_digest", "head", "imgsz", "provider", "device_name")
 SAMPLES = 4
 

@@ -11,11 +11,11 @@ from mlflow.entities import Run
 
 from quantrack.comparison.gates import CONTRACT, IDENTITY, Champion, MeasuredRun, Verdict
 from quantrack.comparison.model_card import Measurement
+from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.tracking.log import log_json
 from quantrack.tracking.registry import ABSENT, Move
 
-COMPARED = "compared_run_ids"
 VERSION_TAGS = (*IDENTITY, "git_commit", "baseline_run_id")
 
 

@@ -51,7 +51,7 @@ def test_naive_yolov10m_has_the_design_documents_graph(coco_root: Path, tmp_path
 @pytest.mark.parametrize("architecture", ["yolov8n.yaml", "yolo11n.yaml", "yolov9t.yaml", "yolo26n.yaml"])
 def test_other_architectures_export_and_run(architecture: str, coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector(architecture, "one2many", SIZE, 0, False)
-    job = quantized(detector, "w4a8", "default", coco_root)
+    job = quantized(detector, "w4a8", "fast", coco_root)
     files = export_quantized_files(job.model, facts_of(detector, "w4a8"), tmp_path)
     image = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     outputs = ort.InferenceSession(str(files.optimized)).run(None, {"images": image})
@@ -65,7 +65,7 @@ def test_other_architectures_export_and_run(architecture: str, coco_root: Path, 
 @pytest.mark.parametrize(("mode", "activations"), [("w8a16", 0), ("w4a16", 0), ("w8a8", 82), ("w4a8", 82)])
 def test_modes_of_the_one_to_one_head(mode: str, activations: int, coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2one", SIZE, 0, False)
-    files = exported(detector, mode, "default", coco_root, tmp_path)
+    files = exported(detector, mode, "fast", coco_root, tmp_path)
     assert files.plain_nodes.get("QuantizeLinear", 0) == activations
     assert files.plain_nodes["DequantizeLinear"] == 82 + activations
     model = onnx.load(files.optimized)

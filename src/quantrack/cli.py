@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from quantrack.entry import errors_in_one_line
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.decode import NmsSettings
 from quantrack.evaluation.picture_detector import (
@@ -32,7 +31,6 @@ from quantrack.runtime.session import parse_provider
 from quantrack.tracking.models import fetch_onnx
 
 DETECTIONS_FILE = "detections.json"
-INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -52,7 +50,7 @@ def predict(
 ) -> None:
     """Draw the boxes that a model finds on pictures, and write them to detections.json."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with _errors_in_one_line():
+    with errors_in_one_line("the pictures drawn so far stay"):
         settings = detection_settings(confidence)
         parse_provider(provider)
         targets = output_paths(images, out)
@@ -118,22 +116,6 @@ def _summary(names: Sequence[str]) -> str:
     """
     kinds = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
     return f"{len(names)} box{'' if len(names) == 1 else 'es'}" + (f" ({kinds})" if kinds else "")
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Exit with 2 for a refused option, 1 for a failure and 130 when interrupted; one line says why."""
-    try:
-        yield
-    except QuantrackError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except OSError as error:
-        say(f"error: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted; the pictures drawn so far stay")
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

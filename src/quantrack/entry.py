@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from types import FrameType
 from typing import Annotated, TypeVar
@@ -46,9 +47,15 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
 
 def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
     """Do the work in a tracked run; errors become one line and an exit code."""
+    with errors_in_one_line("what was logged so far stays in the run"), tracked_run(name, texts):
+        work()
+
+
+@contextmanager
+def errors_in_one_line(when_interrupted: str) -> Iterator[None]:
+    """Exit with 2 for a refused setting, 1 for a failure and 130 when interrupted; one line says why."""
     try:
-        with tracked_run(name, texts):
-            work()
+        yield
     except QuantrackError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
@@ -56,7 +63,7 @@ def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
         say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        say("interrupted; what was logged so far stays in the run")
+        say(f"interrupted; {when_interrupted}")
         sys.exit(INTERRUPTED)
 
 

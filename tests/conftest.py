@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,13 +19,9 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests that share a store of runs share a worker; the slow ones on real inputs have the other."""
-    for item in items:
-        if ROOT / "tests/pipelines" in item.path.parents:
-            group = "real" if item.path.name == "test_real.py" else "demo"
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest file first, so that the other worker is not idle in the end."""
+    items.sort(key=lambda item: item.path.name != "test_real.py")
 
 
 @pytest.fixture(autouse=True)

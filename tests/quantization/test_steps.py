@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quantrack.errors import UsageError
+from quantrack.quantization import coordinate_descent
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
@@ -157,6 +158,21 @@ def test_coordinate_descent_lessens_the_error_and_stays_on_the_grid() -> None:
     integers = rounded / scale[:, :, None]
     torch.testing.assert_close(integers, integers.round())
     assert -8.001 < integers.min() < integers.max() < 7.001
+
+
+def test_columns_in_blocks_move_as_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 90, 50, generator=generator)
+    hessian = damped(inputs.transpose(1, 2) @ inputs / 90, 0.01)
+    weight, scale = torch.randn(1, 6, 50, generator=generator), torch.full((1, 6), 0.3)
+    rounded = torch.clamp(torch.round(weight / 0.3), -8, 7) * 0.3
+    results = []
+    for block in (1, 16, 64):
+        monkeypatch.setattr(coordinate_descent, "BLOCK", block)
+        results.append(refined(weight, rounded, scale, hessian, 4)[0])
+    assert not torch.equal(results[0], rounded)
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
 
 
 def test_joint_descent_lessens_the_error_of_all_channels_together() -> None:

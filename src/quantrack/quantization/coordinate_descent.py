@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantrack.quantization.layers import clamp_integers, weight_range
 
+BLOCK = 64  # columns
 MOST_MOVED = 8  # one in so many weights of a column may move a sweep, which bounds its time
 LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
 
@@ -30,13 +31,27 @@ def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, bit
     best = (weighted * weight).sum(dim=2) / power.clamp_min(1e-30)
     scale = torch.where((power > 0) & (best > 0), best, scale)
     gradient = (integers * scale[:, :, None] - weight) @ hessian
+    for start in range(0, integers.shape[2], BLOCK):
+        columns, later = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        moved = _sweep(integers[:, :, columns], gradient[:, :, columns], scale, hessian[:, columns, columns], bits)
+        gradient[:, :, later] += moved @ hessian[:, columns, later]
+    return integers * scale[:, :, None], scale
+
+
+def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
+    """Move the integers [G, O/G, B] of a few columns in place, one column after the other; by how much [G, O/G, B].
+
+    The gradient of later columns is brought up to date once for all of these, which is many times faster.
+    """
+    moved = torch.zeros_like(gradient)
     curvature = hessian.diagonal(dim1=1, dim2=2)
     for i in range(integers.shape[2]):
         wanted = integers[:, :, i] - gradient[:, :, i] / (curvature[:, None, i] * scale)
         change = clamp_integers(wanted.round(), bits) - integers[:, :, i]
         integers[:, :, i] += change
-        gradient += (change * scale)[:, :, None] * hessian[:, None, i]
-    return integers * scale[:, :, None], scale
+        moved[:, :, i] = change * scale
+        gradient[:, :, i:] += moved[:, :, i, None] * hessian[:, None, i, i:]
+    return moved
 
 
 def refined_jointly(

@@ -30,7 +30,6 @@ from quantrack.tracking.served_model import SERVER_MARKS, PredictionError
 Record = dict[str, object]
 SIZE = 128  # small, so that the export is quick
 EVERYTHING = {"confidence": 0.001}
-pytestmark = pytest.mark.xdist_group("served")  # one worker exports for all of them
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def measure_baseline(
     """
     log_inputs(evaluation_set, None)
     # so that the UI's axes and columns of modes and recipes hold the baselines as well
-    log_new_parameters({"mode": facts.mode, "recipe": facts.recipe})
+    device = str(next(detector.model.parameters()).device)
+    log_new_parameters({"mode": facts.mode, "recipe": facts.recipe, "device_resolved": device})
     with tempfile.TemporaryDirectory() as folder:
         files = export_float_files(detector.model, facts, Path(folder))
         session = open_session(files.optimized, provider)
@@ -81,8 +82,8 @@ def measure_baseline(
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     active = mlflow.active_run()
-    device = device_name(proof.speed.provider)
-    return Baseline(active.info.run_id if active else "", metrics, proof.detections, device)
+    run_id = active.info.run_id if active else ""
+    return Baseline(run_id, metrics, proof.detections, device_name(proof.speed.provider))
 
 
 def find_baseline(key: ComparisonKey, further_tags: Mapping[str, str] | None = None) -> Baseline | None:

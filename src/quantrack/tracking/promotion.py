@@ -111,7 +111,9 @@ def version_tags(run: MeasuredRun) -> dict[str, str]:
     active = mlflow.active_run()
     figures = {name: repr(run.metrics[name]) for name in CONTRACT}
     identity = {name: run.tags[name] for name in VERSION_TAGS if name in run.tags}
-    return identity | figures | {"run_id": run.run_id, "promotion_run_id": active.info.run_id if active else ""}
+    origin = {"run_id": run.run_id, "promotion_run_id": active.info.run_id if active else ""}
+    first = {name: identity[name] for name in ("mode", "recipe")}  # the UI shows tags in this order
+    return first | figures | identity | origin
 
 
 def log_verdicts(verdicts: Sequence[Verdict], champion: Champion | None, off: Sequence[str]) -> None:

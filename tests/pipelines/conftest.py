@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from command import DEMO, newest_run, run_pipeline
+from command import DEMO, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
 
@@ -17,3 +17,10 @@ def ptq_run(shared_store: Path) -> Run:
     done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "W4A8")
     assert done.returncode == 0, done.stderr
     return newest_run(shared_store, "ptq")
+
+
+@pytest.fixture(autouse=True)
+def look_at_shared_store(request: pytest.FixtureRequest) -> None:
+    """Tests of the shared store's runs look there, whatever store the test before used."""
+    if "shared_store" in request.fixturenames:
+        use_store(request.getfixturevalue("shared_store"))

@@ -13,17 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_configure() -> None:
-    """Before torch is imported: the workers share the cores."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest file first, so that the other worker is not idle in the end."""
-    items.sort(key=lambda item: item.path.name != "test_real.py")
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished steps are cached for the session, never in the user's own cache."""

@@ -13,10 +13,16 @@ from quantrack.detector.environment import fresh_cache
 from quantrack.entry import run_entry_point
 from quantrack.errors import QuantrackError
 from quantrack.progress import say
-from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, ReproduceSettings, SharedSettings
-from quantrack.settings import setting_texts as texts
+from quantrack.settings import (
+    BaselineSettings,
+    OnnxSettings,
+    PtqSettings,
+    ReproduceSettings,
+    SharedSettings,
+    setting_texts,
+)
 from quantrack.tracking.reproduce import log_reproduction, read_record
-from quantrack.tracking.run import finished_run, name_run, tracked_run
+from quantrack.tracking.run import name_run, tracked_run
 
 
 def reproduce(settings: ReproduceSettings) -> None:
@@ -24,9 +30,9 @@ def reproduce(settings: ReproduceSettings) -> None:
     with tempfile.TemporaryDirectory() as folder, fresh_cache():
         record = read_record(settings.run_id, settings.data_root, Path(folder))
         name_run(f"reproduce-{record.run.info.run_name}")
-        with tracked_run(record.entry_point, texts(record.settings), nested=True) as again:
+        with tracked_run(record.entry_point, setting_texts(record.settings), nested=True) as again:
             do_again(record.settings)
-        found = log_reproduction(record, finished_run(again.info.run_id))
+        found = log_reproduction(record, again.info.run_id)
     if found:
         listed = "; ".join(difference.text for difference in found[:5])
         more = f"; and {len(found) - 5} more in reproduction.json" if len(found) > 5 else ""

@@ -94,14 +94,20 @@ class BaselineSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
-class PtqSettings(SharedSettings):
-    """Post-training quantization."""
+class RecipeSettings(SharedSettings):
+    """How a detector is quantized, whatever the mode."""
 
-    mode: str = _setting("w4a8", "w8a16, w8a8, w4a16 or w4a8.")
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
     plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+
+
+@dataclass(frozen=True)
+class PtqSettings(RecipeSettings):
+    """Post-training quantization."""
+
+    mode: str = _setting("w4a8", "w8a16, w8a8, w4a16 or w4a8.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,20 +125,17 @@ class PtqSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
-class CompareSettings(SharedSettings):
-    """Several modes of one detector, or runs that are there already, side by side."""
+class CompareSettings(RecipeSettings):
+    """Several modes of one detector, or runs that are there already, side by side; a bit plan is for 4 bits only."""
 
     modes: str = _setting("fp32,fp16,w8a16,w8a8,w4a16,w4a8", "Modes and precisions to measure, or to find measured.")
     runs: str = _setting("", "Ids of finished runs to compare instead, separated by commas.")
-    recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file, for all modes.")
-    plan: str = _setting("", "Bits by layer for the 4-bit modes: a file or runs:/RUN_ID/plan.json.")
-    avg_bits: float = _setting(0.0, "Plan the bits of the 4-bit modes, at most so many on average; 0 = by role.")
-    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs:
             return _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
+        _require(bool(self.mode_names), f"modes={self.modes}: names none; give some, as in fp32,w4a8")
         repeated = [mode for mode in self.mode_names if self.mode_names.count(mode) > 1]
         _require(not repeated, f"modes={self.modes}: {''.join(repeated[:1])} is named twice")
         for mode in self.mode_names:
@@ -152,16 +155,15 @@ class CompareSettings(SharedSettings):
         Raises:
             UsageError: no such mode, or a setting is refused.
         """
-        shared = {item.name: getattr(self, item.name) for item in fields(SharedSettings)}
         if mode in PRECISIONS:
-            return BaselineSettings(**shared, precision=mode)
+            return BaselineSettings(**self._values_of(SharedSettings), precision=mode)
         known = (*PRECISIONS, *SCHEMES)
         _require(mode in known, f"modes={mode}: unknown mode; use some of {', '.join(known)}")
-        planned = parse_mode(mode).weight_bits < 8
-        return PtqSettings(
-            **shared, mode=mode, recipe=self.recipe, plan=self.plan if planned else "",
-            avg_bits=self.avg_bits if planned else 0.0, plan_bits=self.plan_bits,
-        )  # fmt: skip
+        unplanned = {} if parse_mode(mode).weight_bits < 8 else {"plan": "", "avg_bits": 0.0}
+        return PtqSettings(**self._values_of(RecipeSettings) | unplanned, mode=mode)
+
+    def _values_of(self, settings_type: type[SharedSettings]) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(settings_type)}
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def test_runs_are_compared_by_id(comparison: Run, shared_store: Path) -> None:
         (("--runs", "nosuchrun,nosuchrun2"), 1, "runs=nosuchrun: no such run"),
         (("--runs", "one"), 2, "give at least two run ids"),
         (("--modes", "w4a8,w3a8"), 2, "modes=w3a8: unknown mode"),
+        (("--modes", ","), 2, "modes=,: names none"),
         (("--modes", "w4a8,W4A8"), 2, "w4a8 is named twice"),
         (("--modes", "w4a8", "--avg-bits", "9"), 2, "avg_bits=9.0"),
     ],
@@ -73,6 +74,24 @@ def test_what_cannot_be_compared_is_refused(store: Path, options: tuple[str, ...
     run = newest_run(store, "compare")
     assert run.info.status == "FAILED"
     assert message in run.data.tags["failure_reason"]
+
+
+def test_a_mode_that_fails_does_not_stop_the_others(shared_store: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "greedy.yaml"
+    calibrated = "insert_quantizers, observe_activations, mse_weight_scales, min_max_activation_ranges"
+    recipe.write_text(f"steps: [{calibrated}, {{distillation: {{steps: 1}}}}]\n")
+    options = (*DEMO, "--calib-images", "1", "--recipe", str(recipe))  # distillation needs a picture to hold back
+    done = run_pipeline(shared_store, "compare", *options, "--modes", "w4a16,fp32")
+    assert done.returncode == 1
+    assert "1 of the modes failed, the others are compared: w4a16:" in done.stderr
+    run = newest_run(shared_store, "compare")
+    assert run.info.status == "FAILED"
+    assert "at least 2 calibration pictures" in run.data.tags["failure_reason"]
+    assert logged(run) >= {"comparison.json", "report.html"}
+    assert len(run.data.tags["compared_run_ids"].split(",")) == 1
+    done = run_pipeline(shared_store, "compare", *options, "--modes", "w4a16")
+    assert done.returncode == 1
+    assert "there is nothing to compare: w4a16:" in done.stderr
 
 
 def test_a_run_that_compares_nothing_is_refused(comparison: Run, shared_store: Path) -> None:

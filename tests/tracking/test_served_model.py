@@ -70,11 +70,11 @@ def log(model: str, root: Path, pictures: int, head: str, folder: Path, imgsz: i
     session = open_session(onnx, "cpu")
     detections = detect(session.run, imgsz, evaluation_set, head)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("served", artifact_location=str(folder / "artifacts"))
-    mlflow.set_experiment("served")
-    with mlflow.start_run():
+    # not set_experiment: it would stay set for the tests that follow
+    experiment = mlflow.create_experiment("served", artifact_location=str(folder / "artifacts"))
+    with mlflow.start_run(experiment_id=experiment):
         log_model(onnx, "served", {"mAP50-95": 0.5}, evaluation_set)
-    model_id = mlflow.search_logged_models(output_format="list")[0].model_id
+    model_id = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")[0].model_id
     return Logged(f"models:/{model_id}", head, onnx, evaluation_set, detections)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from quantrack.comparison.runs import ACCURACY, LATENCY, SIZE
+from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, SIZE, ComparisonKey
 from quantrack.errors import QuantrackError
 
 DROP_HIGH, PARITY = "mAP50-95_drop_ci_high", "parity_mean_abs"
 CONTRACT = (
     ACCURACY, "mAP50-95_drop", "mAP50-95_drop_ci_low", DROP_HIGH, LATENCY, SIZE, "weight_bits_avg", PARITY,
 )  # fmt: skip
-EVALUATION = ("evaluation_digest", "head", "imgsz")  # equal: accuracies are comparable
-COMPARABLE = ("model_digest", *EVALUATION, "provider")
+COMPARABLE = tuple(item.name for item in fields(ComparisonKey))
 IDENTITY = (*COMPARABLE, "calibration_digest", "device_name", "mode", "recipe", "model_name")
 MORE_IS_BETTER = {ACCURACY: True, LATENCY: False, SIZE: False}  # what the best run may be chosen by
 

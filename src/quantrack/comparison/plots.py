@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from quantrack.comparison.runs import ACCURACY, ComparedRun, Group, pareto_front
+from quantrack.evaluation.plots import new_figure
 
-DPI = 120
 ROW_INCHES = 0.2
 MOST_CLASSES = 40
 COLOUR_LIMIT = 15.0  # points; a larger change is as dark
@@ -182,13 +181,11 @@ def _ends(run: ComparedRun, names: Sequence[str]) -> tuple[NDArray[np.float64], 
 
 
 def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=theme.paper)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=theme.paper)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = new_figure(width, height)
+    figure.set_facecolor(theme.paper)
+    axes.set_facecolor(theme.paper)
     axes.spines[["bottom", "left"]].set_color(theme.quiet)
     axes.tick_params(colors=theme.quiet)
     axes.xaxis.label.set_color(theme.ink)
     axes.yaxis.label.set_color(theme.ink)
-    axes.set_axisbelow(True)
     return figure, axes

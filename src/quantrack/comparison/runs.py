@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 ACCURACY, LATENCY, LATENCY_RATIO, SIZE = "mAP50-95", "latency_ms_p50", "latency_ratio", "onnx_mb"
 COMPARED = "compared_run_ids"  # the tag of a comparison that lists its runs
+EVALUATION = ("evaluation_digest", "head", "imgsz")  # tags that make accuracies comparable
+CIRCUMSTANCES = (*EVALUATION, "provider", "device_name")  # and latencies
 FLOAT_LABELS = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ComparisonKey:
+    """A drop may be stated only against a result where all of this is equal; the fields are the runs' tags."""
+
+    model_digest: str
+    evaluation_digest: str
+    head: str
+    imgsz: int
+    provider: str
+
+    def tags(self) -> dict[str, str]:
+        """The key as it is tagged."""
+        return {name: str(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

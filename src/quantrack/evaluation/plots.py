@@ -19,7 +19,7 @@ DPI = 120
 
 def precision_recall_figure(result: CocoResult, title: str) -> Figure:
     """Precision over recall at IoU 0.50 and 0.75, averaged over the classes with ground truth."""
-    figure, axes = _figure(6.4, 4.8)
+    figure, axes = new_figure(6.4, 4.8)
     curves = (
         ("0.50", "mAP50", result.precision_at_50, DARK),
         ("0.75", "mAP75", result.precision_at_75, ACCENT),
@@ -41,7 +41,7 @@ def per_class_ap_figure(result: CocoResult, title: str) -> Figure:
         ((one.ap50_95, one.ap50 or 0.0, one) for one in result.classes if one.ap50_95 is not None),
         key=lambda row: (-row[0], row[2].name),
     )
-    figure, axes = _figure(7.2, 1.5 + BAR_INCHES * max(len(ranked), 3))
+    figure, axes = new_figure(7.2, 1.5 + BAR_INCHES * max(len(ranked), 3))
     places = range(len(ranked))
     axes.barh(places, [ap50 for _, ap50, _ in ranked], color=LIGHT, height=BAR_HEIGHT, label="AP50")
     axes.barh(places, [ap for ap, _, _ in ranked], color=DARK, height=BAR_HEIGHT, label="AP50-95")
@@ -58,7 +58,7 @@ def per_class_ap_figure(result: CocoResult, title: str) -> Figure:
 
 def sensitivity_figure(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) -> Figure:
     """Each layer's error at the fewest bits, in the network's order; orange where the plan gives it more."""
-    figure, axes = _figure(7.2, 1.5 + BAR_INCHES * max(len(rows), 3))
+    figure, axes = new_figure(7.2, 1.5 + BAR_INCHES * max(len(rows), 3))
     bits = sorted(rows[0].errors)
     places = range(len(rows))
     colours = [DARK if plan.bits[row.name] == bits[0] else ACCENT for row in rows]
@@ -71,7 +71,8 @@ def sensitivity_figure(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: st
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one plot, whose top and right stay open."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -145,8 +145,8 @@ def quantized_input(layer: qnn.QuantConv2d, x: Tensor) -> Tensor:
 
 
 def weight_bits(layer: qnn.QuantConv2d) -> int:
-    """Bits of the layer's weights."""
-    return int(layer.weight_quant.bit_width().item())
+    """Bits of the layer's weights; asking the proxy instead would quantize them all to answer."""
+    return int(layer.weight_quant.tensor_quant.msb_clamp_bit_width_impl().item())
 
 
 def weight_limit(bits: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
-from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO
+from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.bootstrap import paired_drop_interval
@@ -26,7 +26,7 @@ from quantrack.settings import BaselineSettings, parse_settings
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
 from quantrack.tracking.record import log_run_digest
-from quantrack.tracking.result import ComparisonKey, log_result
+from quantrack.tracking.result import log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 
 FLOAT_RECIPE = "float"

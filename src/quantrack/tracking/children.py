@@ -56,4 +56,5 @@ class Children:
         """
         if self._failures:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self._failures.items())
-            raise QuantrackError(f"{len(self._failures)} of the modes failed, the others are compared: {listed}")
+            others = "the others are compared" if self._run_ids else "there is nothing to compare"
+            raise QuantrackError(f"{len(self._failures)} of the modes failed, {others}: {listed}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import cv2
 import mlflow
@@ -17,13 +15,13 @@ from mlflow.entities import Run
 
 from quantrack.comparison.plots import LIGHT
 from quantrack.comparison.report import group_plots, report_html
-from quantrack.comparison.runs import COMPARED, Circumstances, ClassScore, ComparedRun, Group, Sample
+from quantrack.comparison.runs import CIRCUMSTANCES, COMPARED, Circumstances, ClassScore, ComparedRun, Group, Sample
 from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
 from quantrack.tracking.environment import git_commit
+from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
 
-CIRCUMSTANCES = ("evaluation_digest", "head", "imgsz", "provider", "device_name")
 SAMPLES = 4
 
 
@@ -42,12 +40,7 @@ def read_run(run_id: str) -> ComparedRun:
     Raises:
         QuantrackError: it is not there, is not finished, or measured no accuracy.
     """
-    try:
-        run = mlflow.get_run(run_id)
-    except mlflow.MlflowException as error:
-        raise QuantrackError(
-            f"runs={run_id}: no such run at {mlflow.get_tracking_uri()}; give ids of runs of baseline, ptq or evaluate"
-        ) from error
+    run = require_run(run_id, "runs")
     if run.info.status != "FINISHED":
         raise QuantrackError(f"runs={run_id}: the run is {run.info.status}; only finished runs are compared")
     missing = [tag for tag in (*CIRCUMSTANCES, "mode", "recipe", "model_name") if tag not in run.data.tags]
@@ -63,23 +56,15 @@ def _compared(run: Run) -> ComparedRun:
     with tempfile.TemporaryDirectory() as folder:
         return ComparedRun(
             run_id, run.info.run_name or run_id, tags["mode"], tags["recipe"], tags["model_name"],
-            Circumstances(_pictures(run), *(tags[name] for name in CIRCUMSTANCES)), dict(run.data.metrics),
+            Circumstances(evaluation_name(run), *(tags[name] for name in CIRCUMSTANCES)), dict(run.data.metrics),
             _classes(run_id), _ranges(run_id), _samples(run_id, Path(folder)),
         )  # fmt: skip
 
 
-def _pictures(run: Run) -> str:
-    """The name of the evaluation set."""
-    for used in run.inputs.dataset_inputs if run.inputs else ():
-        if any(tag.value == "evaluation" for tag in used.tags):
-            return str(used.dataset.name)
-    return "pictures"
-
-
 def _classes(run_id: str) -> tuple[ClassScore, ...]:
-    content = _json(run_id, "per_class_ap.json")
-    if not content:
+    if not has_artifact(run_id, "per_class_ap.json"):
         return ()
+    content = read_json(run_id, "per_class_ap.json")
     at = {name: place for place, name in enumerate(content["columns"])}
     return tuple(
         ClassScore(str(row[at["class"]]), float(row[at["AP50-95"]]), int(row[at["boxes"]])) for row in content["data"]
@@ -87,16 +72,10 @@ def _classes(run_id: str) -> tuple[ClassScore, ...]:
 
 
 def _ranges(run_id: str) -> dict[str, tuple[float, float]]:
-    quantizers = _json(run_id, "calibration.json").get("activation_quantizers", {})
-    return {name: (float(one["minimum"]), float(one["maximum"])) for name, one in quantizers.items()}
-
-
-def _json(run_id: str, name: str) -> Mapping[str, Any]:
-    """A JSON artifact; empty where the run has none."""
-    if name not in {entry.path for entry in mlflow.MlflowClient().list_artifacts(run_id)}:
+    if not has_artifact(run_id, "calibration.json"):
         return {}
-    content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
-    return content
+    quantizers = read_json(run_id, "calibration.json")["activation_quantizers"]
+    return {name: (float(one["minimum"]), float(one["maximum"])) for name, one in quantizers.items()}
 
 
 def _samples(run_id: str, folder: Path) -> tuple[Sample, ...]:

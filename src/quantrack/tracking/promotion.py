@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import mlflow
 from mlflow.entities import Run
@@ -14,7 +12,8 @@ from quantrack.comparison.model_card import Measurement
 from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.tracking.log import log_json
-from quantrack.tracking.registry import ABSENT, Move
+from quantrack.tracking.read import evaluation_name, find_run, read_json, require_run
+from quantrack.tracking.registry import Move
 
 VERSION_TAGS = (*IDENTITY, "git_commit", "baseline_run_id")
 
@@ -26,10 +25,10 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
         QuantrackError: there is no such run, or the parent has no finished ptq run.
     """
     if run_id:
-        return (_measured(_get(run_id, "run_id")),)
-    parent = _get(parent_id, "from")
+        return (_measured(require_run(run_id, "run_id")),)
+    parent = require_run(parent_id, "from")
     if COMPARED in parent.data.tags:
-        runs = [_get(one.strip(), "from") for one in parent.data.tags[COMPARED].split(",") if one.strip()]
+        runs = [require_run(one.strip(), "from") for one in parent.data.tags[COMPARED].split(",") if one.strip()]
     else:
         runs = mlflow.search_runs(
             experiment_ids=[parent.info.experiment_id],
@@ -42,24 +41,6 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
     return tuple(_measured(run) for run in wanted)
 
 
-def _get(run_id: str, setting: str) -> Run:
-    run = _find(run_id)
-    if run is None:
-        raise QuantrackError(f"{setting}={run_id}: no such run at {mlflow.get_tracking_uri()}")
-    return run
-
-
-def _find(run_id: str) -> Run | None:
-    """The run of an id; None where there is none, or it was deleted."""
-    try:
-        run = mlflow.get_run(run_id)
-    except mlflow.MlflowException as error:
-        if error.error_code in (ABSENT, "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
-
-
 def _measured(run: Run) -> MeasuredRun:
     models = mlflow.search_logged_models(
         experiment_ids=[run.info.experiment_id],
@@ -67,7 +48,7 @@ def _measured(run: Run) -> MeasuredRun:
         output_format="list",
     )
     baseline_id = run.data.tags.get("baseline_run_id")
-    baseline = _find(baseline_id) if baseline_id else None
+    baseline = find_run(baseline_id) if baseline_id else None
     ready = tuple(model.model_id for model in models if str(model.status) == "READY")
     return _facts(run, ready, None if baseline is None else _facts(baseline, (), None))
 
@@ -85,25 +66,14 @@ def read_measurement(run: MeasuredRun) -> Measurement:
         QuantrackError: an artifact that every ptq run logs is not there.
     """
     found = mlflow.get_run(run.run_id)
-    calibration, environment = _json(run, "calibration.json"), _json(run, "environment.json")
-    inputs = found.inputs.dataset_inputs if found.inputs else ()
-    names = [used.dataset.name for used in inputs if any(tag.value == "evaluation" for tag in used.tags)]
+    calibration, environment = read_json(run.run_id, "calibration.json"), read_json(run.run_id, "environment.json")
     return Measurement(
-        pictures=names[0] if names else "unnamed pictures",
+        pictures=evaluation_name(found),
         timed_runs=found.data.params.get("latency_runs", "an unknown number of"),
         calibration_pictures=int(calibration["images"]),
         calibration_seed=int(calibration["seed"]),
         versions=dict(environment["versions"]),
     )
-
-
-def _json(run: MeasuredRun, name: str) -> Mapping[str, Any]:
-    try:
-        content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run.run_id}/{name}"))
-    except Exception as error:  # stores raise their own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise QuantrackError(f"run_id={run.run_id}: {name} cannot be read ({reason}); give a run of ptq") from error
-    return content
 
 
 def version_tags(run: MeasuredRun) -> dict[str, str]:

@@ -27,10 +27,10 @@ from quantrack.detector.environment import cache_folder
 from quantrack.errors import QuantrackError
 from quantrack.files import combined_digest
 from quantrack.progress import say
+from quantrack.tracking.read import ABSENT
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "quantrack.move"
-ABSENT = "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True)

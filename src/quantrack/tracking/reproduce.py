@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from quantrack.quantization.recipe import RECIPES, Recipe
 from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, SharedSettings, parse_settings
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import fetch
+from quantrack.tracking.read import read_json, require_run
 
 SETTINGS: dict[str, type[SharedSettings]] = {"baseline": BaselineSettings, "ptq": PtqSettings, "evaluate": OnnxSettings}
 DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest")
@@ -42,12 +43,8 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
     Raises:
         QuantrackError: there is no such finished run, or it is of an entry point that is not reproduced.
     """
-    try:
-        run = mlflow.get_run(run_id)
-    except mlflow.MlflowException as error:
-        raise QuantrackError(f"run_id={run_id}: no such run at {mlflow.get_tracking_uri()}") from error
+    run = require_run(run_id, "run_id")
     entry = run.data.tags.get("entry_point", "")
-    entry = "ptq" if entry == "main" else entry
     if entry not in SETTINGS or run.info.status != "FINISHED":
         raise QuantrackError(
             f"run_id={run_id}: a {run.info.status} run of {entry or 'something else'}; "
@@ -85,50 +82,50 @@ class Difference:
         return f"{self.name} was {self.before}, is {self.now}"
 
 
-def differences(before: Run, now: Run) -> tuple[Difference, ...]:
-    """Metrics (but for timings), digests and the ONNX files' bytes that differ, by name."""
-    pairs = _facts(before), _facts(now)
-    names = sorted(pairs[0].keys() | pairs[1].keys())
-    return tuple(
-        Difference(name, pairs[0].get(name), pairs[1].get(name))
-        for name in names
-        if pairs[0].get(name) != pairs[1].get(name)
-    )
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Difference, ...]:
+    """What differs between the facts of two runs, by name."""
+    names = sorted(before.keys() | now.keys())
+    pairs = [Difference(name, before.get(name), now.get(name)) for name in names]
+    return tuple(pair for pair in pairs if pair.before != pair.now)
 
 
-def _facts(run: Run) -> dict[str, str]:
+def facts(run: Run) -> dict[str, str]:
+    """What must come out again, as texts: metrics (but for timings), digests, and the ONNX files' bytes."""
     metrics = {name: repr(value) for name, value in run.data.metrics.items() if not TIMINGS.search(name)}
     digests = {name: run.data.tags[name] for name in DIGESTS if name in run.data.tags}
     return metrics | digests | _file_digests(run.info.run_id)
 
 
 def _file_digests(run_id: str) -> dict[str, str]:
-    """Digest of what the cleaned ONNX files hold, by name."""
+    """Digests of a run's ONNX files, by artifact path."""
     client = mlflow.MlflowClient()
     paths = [entry.path for entry in client.list_artifacts(run_id, "onnx") if entry.path.endswith(".onnx")]
-    return {path: file_digest(Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{path}"))) for path in paths}
+    with tempfile.TemporaryDirectory() as folder:
+        return {path: file_digest(Path(client.download_artifacts(run_id, path, folder))) for path in paths}
 
 
-def log_reproduction(record: Record, again: Run) -> tuple[Difference, ...]:
+def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     """`reproduction.json`: what differs and on what both ran; the number of differences as a metric."""
-    found = differences(record.run, again)
+    again = require_run(again_id, "again")
+    before, now = facts(record.run), facts(again)
+    found = differences(before, now)
     context = {name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT}
     versions = {"before": _versions(record.run), "now": _versions(again)}
     log_json(
         {
             "run": record.run.info.run_id,
-            "again": again.info.run_id,
+            "again": again_id,
             "equal": not found,
-            "compared": len(_facts(record.run).keys() | _facts(again).keys()),
+            "compared": len(before.keys() | now.keys()),
             "differences": [vars(one) for one in found],
             "context": context | {"versions": versions},
         },
         "reproduction.json",
     )
     mlflow.log_metrics({"differences": float(len(found))})
-    mlflow.set_tags({"reproduced_run_id": record.run.info.run_id, "again_run_id": again.info.run_id})
+    mlflow.set_tags({"reproduced_run_id": record.run.info.run_id, "again_run_id": again_id})
     return found
 
 
 def _versions(run: Run) -> object:
-    return json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/environment.json")).get("versions")
+    return read_json(run.info.run_id, "environment.json").get("versions")

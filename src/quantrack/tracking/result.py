@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 
+from quantrack.comparison.runs import ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.measure import Proof, Speed
@@ -16,26 +16,6 @@ from quantrack.onnx.inspect import ModelFacts
 from quantrack.tracking.log import log_files, log_proof, log_provider
 from quantrack.tracking.models import log_model
 from quantrack.tracking.summary import log_summary
-
-
-@dataclass(frozen=True)
-class ComparisonKey:
-    """Two results may be compared only where all of this is equal."""
-
-    model_digest: str
-    evaluation_digest: str
-    head: str
-    imgsz: int
-    provider: str
-
-    def tags(self) -> dict[str, str]:
-        return {
-            "model_digest": self.model_digest,
-            "evaluation_digest": self.evaluation_digest,
-            "head": self.head,
-            "imgsz": str(self.imgsz),
-            "provider": self.provider,
-        }
 
 
 def comparison_key(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> ComparisonKey:

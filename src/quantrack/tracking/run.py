@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import mlflow
-from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
 from quantrack.tracking.environment import git_commit
@@ -47,11 +46,6 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
         _end("FAILED", f"{type(error).__name__}: {error}")
         raise
     mlflow.end_run("FINISHED")
-
-
-def finished_run(run_id: str) -> Run:
-    """A run as the store has it now."""
-    return mlflow.get_run(run_id)
 
 
 def log_new_parameters(parameters: Mapping[str, str]) -> None:

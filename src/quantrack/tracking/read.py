@@ -1,0 +1,64 @@
+"""What the store has of a run, read in one way everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+
+from quantrack.errors import QuantrackError
+
+ABSENT = "RESOURCE_DOES_NOT_EXIST"
+
+
+def find_run(run_id: str) -> Run | None:
+    """The run of an id; None where there is none, or it was deleted."""
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if error.error_code in (ABSENT, "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def require_run(run_id: str, setting: str) -> Run:
+    """The run whose id a setting gave.
+
+    Raises:
+        QuantrackError: there is no such run.
+    """
+    run = find_run(run_id)
+    if run is None:
+        raise QuantrackError(f"{setting}={run_id}: no such run at {mlflow.get_tracking_uri()}")
+    return run
+
+
+def read_json(run_id: str, name: str) -> Mapping[str, Any]:
+    """A JSON artifact of a run.
+
+    Raises:
+        QuantrackError: it is not there, or cannot be read.
+    """
+    try:
+        content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
+    except Exception as error:  # stores raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise QuantrackError(f"run {run_id}: {name} cannot be read ({reason}); give a run that logged it") from error
+    return content
+
+
+def has_artifact(run_id: str, name: str) -> bool:
+    """Whether a run logged an artifact of this name at the top."""
+    return name in {entry.path for entry in mlflow.MlflowClient().list_artifacts(run_id)}
+
+
+def evaluation_name(run: Run) -> str:
+    """The name of the pictures that a run was evaluated on."""
+    for used in run.inputs.dataset_inputs if run.inputs else ():
+        if any(tag.value == "evaluation" for tag in used.tags):
+            return str(used.dataset.name)
+    return "unnamed pictures"

@@ -15,6 +15,7 @@ from torch import nn
 from quantrack.datasets.demo import DEMO, demo_checkpoint
 from quantrack.detector.checkpoint import load_safely, load_trusting
 from quantrack.detector.environment import cache_folder, prepare
+from quantrack.detector.selection import select_before_decoding
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
@@ -199,3 +200,5 @@ def _fold(model: nn.Module, source: str) -> None:
     last.export = True  # one tensor out, instead of a tuple with the training outputs
     last.format = "onnx"
     last.max_det, last.dynamic, last.xyxy = MAX_DETECTIONS, False, False  # a checkpoint may have set them
+    if last.end2end:
+        select_before_decoding(last)

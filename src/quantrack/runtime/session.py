@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +98,16 @@ def open_session(path: Path, provider: str) -> Session:
     return Session(path, _session(path, CPU), CPU)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; ONNX Runtime alone counts the machine's, and its threads then wait."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _session(path: Path, provider: str, profile: Path | None = None) -> ort.InferenceSession:
     order = (CUDA, CPU) if provider == CUDA else (CPU,)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # a provider that does not load is reported by us, in one line
+    options.intra_op_num_threads = usable_cores()
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -8,7 +8,7 @@ from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
-from quantrack.runtime.session import resolve_provider
+from quantrack.runtime.session import require_cuda, resolve_provider
 from quantrack.settings import BaselineSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline, measure_baseline
 from quantrack.tracking.log import log_settings
@@ -18,6 +18,8 @@ from quantrack.tracking.result import comparison_key, detector_facts
 
 def baseline(settings: BaselineSettings) -> None:
     """Export the float detector to ONNX, run it in ONNX Runtime, score it on COCO, log it to MLflow."""
+    if settings.require_gpu:
+        require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
@@ -32,7 +34,9 @@ def baseline(settings: BaselineSettings) -> None:
             detector, float32, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
     facts = replace(float32, mode=settings.precision)
-    measure_baseline(detector, facts, evaluation_set, settings.provider, settings.latency_runs, reference)
+    _, proof = measure_baseline(detector, facts, evaluation_set, settings.provider, settings.latency_runs, reference)
+    if settings.require_gpu:
+        proof.speed.placement.require_gpu()
 
 
 if __name__ == "__main__":

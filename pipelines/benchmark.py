@@ -1,4 +1,4 @@
-"""Time an exported ONNX file: latency percentiles, node counts, who ran what. Needs no pictures."""
+"""Time an exported ONNX file: latency, who ran what, the best session settings. Needs no pictures."""
 
 from __future__ import annotations
 
@@ -8,24 +8,38 @@ from pathlib import Path
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import measure_speed
 from quantrack.onnx.inspect import file_facts
-from quantrack.runtime.session import open_session
-from quantrack.settings import OnnxSettings
+from quantrack.runtime.session import open_session, require_cuda
+from quantrack.runtime.tune import tune
+from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.models import fetch_onnx
-from quantrack.tracking.result import log_benchmark
+from quantrack.tracking.models import fetch_onnx, float_file_of
+from quantrack.tracking.result import log_benchmark, log_tuning
 
 
-def benchmark(settings: OnnxSettings) -> None:
-    """Time an ONNX detector (a file, runs:/... or models:/...) and log latency and placement to MLflow."""
+def benchmark(settings: BenchmarkSettings) -> None:
+    """Time an ONNX detector (a file, runs:/... or models:/...), in turns with its float32 file where there is one."""
+    if settings.require_gpu:
+        require_cuda()
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch_onnx(settings.onnx, Path(folder))
+        path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
         session = open_session(path, settings.provider)
         facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
+        float_file = settings.baseline or float_file_of(settings.onnx)
+        beside = None
+        if float_file:
+            float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
+            beside = open_session(float_path, settings.provider)
 
-        speed = measure_speed(session, settings.latency_runs)
+        if settings.tune:
+            trials = tune(path, settings.provider, settings.latency_runs, beside)
+            log_tuning(trials)
+            session = open_session(path, settings.provider, trials[0].settings)
+        speed = measure_speed(session, settings.latency_runs, beside)
         log_benchmark(path, facts, speed)
+        if settings.require_gpu:
+            speed.placement.require_gpu()
 
 
 if __name__ == "__main__":
-    run_entry_point("benchmark", OnnxSettings, benchmark)
+    run_entry_point("benchmark", BenchmarkSettings, benchmark)

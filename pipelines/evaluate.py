@@ -9,7 +9,7 @@ from quantrack.datasets.coco import load_evaluation_set
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import prove, require_output
 from quantrack.onnx.inspect import file_facts
-from quantrack.runtime.session import open_session
+from quantrack.runtime.session import open_session, require_cuda
 from quantrack.settings import OnnxSettings
 from quantrack.tracking.baseline import find_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
@@ -19,6 +19,8 @@ from quantrack.tracking.result import comparison_key, log_evaluation
 
 def evaluate(settings: OnnxSettings) -> None:
     """Run an ONNX detector (a file, runs:/... or models:/...) on COCO and log its metrics to MLflow."""
+    if settings.require_gpu:
+        require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder))
@@ -28,12 +30,15 @@ def evaluate(settings: OnnxSettings) -> None:
         log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
         log_inputs(evaluation_set, None)
 
-        # Without the PyTorch model there is no parity to measure; it stays absent.
-        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None)
         baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))
-        drop = baseline.against(proof, evaluation_set) if baseline else {}
+        beside = baseline.open(settings.provider, Path(folder) / "float32") if baseline else None
+        # Without the PyTorch model there is no parity to measure; it stays absent.
+        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None, beside)
+        drop = baseline.drop(proof, evaluation_set) if baseline else {}
         log_evaluation(path, facts, proof, evaluation_set, drop)
     log_samples(evaluation_set, baseline.detections if baseline else None, proof.detections)
+    if settings.require_gpu:
+        proof.speed.placement.require_gpu()
 
 
 if __name__ == "__main__":

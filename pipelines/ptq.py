@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from quantrack.datasets.calibration import load_calibration_set
@@ -16,7 +17,8 @@ from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import StepReport, new_job
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.quantization.sensitivity import LayerTrials, plan_job
-from quantrack.runtime.session import open_session
+from quantrack.runtime.session import open_session, require_cuda
+from quantrack.runtime.variants import make_variant, reference_for
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, parse_plan_bits, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
@@ -30,13 +32,15 @@ def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
     scheme, recipe = parse_mode(settings.mode), parse_recipe(settings.recipe)
     device = resolve_device(settings.device)
+    if settings.require_gpu:
+        require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     calibration = load_calibration_set(
         settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
     )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(len(detector.class_names), evaluation_set, settings.model)
-    log_settings(settings, f"ptq-{scheme.name}-{recipe.name}-{detector.name}", {"device": str(device)})
+    log_settings(settings, f"ptq-{settings.kind}-{recipe.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
     log_run_digest(settings, detector, evaluation_set, calibration)
 
@@ -51,20 +55,28 @@ def ptq(settings: PtqSettings) -> None:
     reports += apply_recipe(job, recipe.steps, log_step)
     quantized = log_quantization(job, reports)
 
-    facts = detector_facts(
-        detector, evaluation_set, settings.imgsz, scheme.name, recipe.name, quantized["weight_bits_avg"]
+    facts = replace(
+        detector_facts(detector, evaluation_set, settings.imgsz, scheme.name, recipe.name),
+        weight_bits_avg=quantized["weight_bits_avg"],
+        placement=settings.placement,
+        weight_storage=settings.weight_storage,
     )
     with tempfile.TemporaryDirectory() as folder:
-        files = export_quantized_files(job.model, facts, Path(folder))
+        exported = export_quantized_files(job.model, facts, Path(folder))
+        files = make_variant(exported, facts, calibration, settings.provider)
         session = open_session(files.optimized, settings.provider)
         key = comparison_key(facts, evaluation_set, session.provider)
         float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
         baseline = find_or_measure_baseline(
             detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
-        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, job.model)
-        log_result(files, facts, proof, evaluation_set, quantized | baseline.against(proof, evaluation_set))
+        reference = reference_for(files, facts, job.model, settings.provider)
+        beside = baseline.open(settings.provider, Path(folder) / "float32")
+        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
+        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
+    if settings.require_gpu:
+        proof.speed.placement.require_gpu()
 
 
 if __name__ == "__main__":

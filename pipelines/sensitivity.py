@@ -38,9 +38,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
     bits = parse_plan_bits(settings.plan_bits)
     if settings.measure == "mAP":
-        score = partial(
-            score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz, device=device
-        )
+        score = partial(score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz)
         rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:
         rows = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows

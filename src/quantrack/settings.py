@@ -26,6 +26,8 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 HEADS = ("one2one", "one2many")
 MEASURES = ("gradient", "output", "mAP")
 PRECISIONS = ("fp32", "fp16")
+PLACEMENTS = ("inputs", "full")
+STORAGES = ("int8", "int4")
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
@@ -56,11 +58,14 @@ class SharedSettings:
     provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda or cpu.")
     seed: int = _setting(0, "Seed of everything random.")
     latency_runs: int = _setting(100, "Timed runs.")
+    require_gpu: bool = _setting(False, "Fail unless ONNX Runtime computes everything on CUDA.")
     trust_checkpoint: bool = _setting(False, "Load a checkpoint that the safe loader refuses.")
 
     def __post_init__(self) -> None:
         _require(self.head in HEADS, f"head={self.head}: unknown head; use one of {', '.join(HEADS)}")
         parse_provider(self.provider)
+        if self.require_gpu:
+            _require(self.provider != "cpu", "require_gpu=true: provider=cpu uses none; leave it out")
         for name in ("calib_images", "eval_images", "seed"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}: must not be negative")
@@ -101,6 +106,16 @@ class RecipeSettings(SharedSettings):
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
     plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    placement: str = _setting(
+        "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
+    )
+    weight_storage: str = _setting("int8", "How weights of at most 4 bits are stored: int8 or int4 (half the size).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("placement", PLACEMENTS), ("weight_storage", STORAGES)):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value}: unknown {name}; use {' or '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,26 @@ class PtqSettings(RecipeSettings):
             )
         if self.avg_bits:
             _require_budget(self.avg_bits, choices, scheme)
+        self._require_variant(scheme)
+
+    @property
+    def kind(self) -> str:
+        """Mode, placement and storage as far as they are not the usual ones, for names."""
+        variant = (self.placement, self.weight_storage)
+        return "-".join([parse_mode(self.mode).name, *(word for word in variant if word not in ("inputs", "int8"))])
+
+    def _require_variant(self, scheme: Scheme) -> None:
+        """Full placement needs activations that integer kernels take, INT4 storage weights that fit."""
+        if self.placement == "full":
+            _require(scheme.activation_bits is not None, f"placement=full: {scheme.name} has float activations; use a8")
+            symmetric = any(getattr(step, "activation", "") == "symmetric" for step in parse_recipe(self.recipe).steps)
+            _require(
+                not symmetric, f"placement=full: recipe={self.recipe} has symmetric activations; use another recipe"
+            )
+        if self.weight_storage == "int4":
+            _require(
+                scheme.weight_bits <= 4, f"weight_storage=int4: {scheme.name} has 8-bit weights; use w4a8 or w4a16"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,7 +185,7 @@ class CompareSettings(RecipeSettings):
         return tuple(part.lower() for part in _parts(self.modes))
 
     def child(self, mode: str) -> BaselineSettings | PtqSettings:
-        """The settings of one mode's own run; a bit plan is for 4-bit modes only.
+        """The settings of one mode's own run; what its bits have no use for keeps its default.
 
         Raises:
             UsageError: no such mode, or a setting is refused.
@@ -159,8 +194,13 @@ class CompareSettings(RecipeSettings):
             return BaselineSettings(**self._values_of(SharedSettings), precision=mode)
         known = (*PRECISIONS, *SCHEMES)
         _require(mode in known, f"modes={mode}: unknown mode; use some of {', '.join(known)}")
-        unplanned = {} if parse_mode(mode).weight_bits < 8 else {"plan": "", "avg_bits": 0.0}
-        return PtqSettings(**self._values_of(RecipeSettings) | unplanned, mode=mode)
+        scheme = parse_mode(mode)
+        not_for_it: dict[str, Any] = {}
+        if scheme.weight_bits == 8:
+            not_for_it |= {"plan": "", "avg_bits": 0.0, "weight_storage": "int8"}
+        if scheme.activation_bits is None:
+            not_for_it |= {"placement": "inputs"}
+        return PtqSettings(**self._values_of(RecipeSettings) | not_for_it, mode=mode)
 
     def _values_of(self, settings_type: type[SharedSettings]) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(settings_type)}
@@ -194,6 +234,14 @@ class OnnxSettings(SharedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(bool(self.onnx), "onnx: missing; give a file, runs:/RUN_ID/onnx/FILE.onnx or models:/NAME@ALIAS")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(OnnxSettings):
+    """An exported file to time, alone or beside a float32 one."""
+
+    baseline: str = _setting("", "The float32 file to time it in turns with, as for onnx; empty = that of its run.")
+    tune: bool = _setting(False, "Try session settings and report the fastest.")
 
 
 @dataclass(frozen=True)

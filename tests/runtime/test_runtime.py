@@ -7,10 +7,12 @@ from torch import nn
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.export import export_float
-from quantrack.runtime.latency import measure_latency
-from quantrack.runtime.parity import match_rows, measure_parity
-from quantrack.runtime.placement import nodes_by_provider
-from quantrack.runtime.session import Session, open_session
+from quantrack.runtime.latency import measure_in_turns, measure_latency
+from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
+from quantrack.runtime.parity import match_rows, measure_parity, torch_network
+from quantrack.runtime.placement import measure_placement
+from quantrack.runtime.session import Session, SessionSettings, open_session
+from quantrack.runtime.tune import candidates, tune
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_cuda_where_it_is(session: Session) -> None:
         pytest.skip("no CUDA device")
     on_gpu = open_session(session.path, "cuda")
     assert on_gpu.provider == "cuda"
-    assert "CUDAExecutionProvider" in nodes_by_provider(on_gpu)
+    assert "CUDAExecutionProvider" in measure_placement(on_gpu).nodes_by_provider()
     image = np.random.default_rng(0).random((1, 3, 32, 32), dtype=np.float32)
     np.testing.assert_allclose(on_gpu.run(image), session.run(image), atol=1e-2)
     assert measure_latency(on_gpu, 5).p50 > 0
@@ -61,7 +63,7 @@ def test_unknown_provider(session: Session) -> None:
 
 def test_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_text("nothing")
-    with pytest.raises(QuantrackError, match="ONNX Runtime cannot open it"):
+    with pytest.raises(QuantrackError, match="not a readable ONNX file"):
         open_session(tmp_path / "bad.onnx", "cpu")
 
 
@@ -73,21 +75,64 @@ def test_latency_percentiles_are_ordered(session: Session) -> None:
         measure_latency(session, 0)
 
 
+def test_two_sessions_are_timed_in_turns(session: Session, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    slower = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 6, 3, padding=1), nn.Flatten(2)).eval()
+    export_float(slower, 32, tmp_path / "slower.onnx")
+    latencies, ratios = measure_in_turns([session, open_session(tmp_path / "slower.onnx", "cpu")], 50)
+    assert [latency.runs for latency in latencies] == [50, 50]
+    assert ratios[0].median == ratios[0].low == ratios[0].high == 1.0
+    assert 1.0 < ratios[1].low <= ratios[1].median <= ratios[1].high
+    assert all(latency.low <= latency.p50 <= latency.high for latency in latencies)
+
+
+def test_tuning_tries_what_can_matter(session: Session) -> None:
+    # a float file has no weights to fold
+    assert not any(one.fold_weights for one in candidates(session.path, "cpu"))
+    trials = tune(session.path, "cpu", 10, session)
+    assert [trial.latency.p50 for trial in trials] == sorted(trial.latency.p50 for trial in trials)
+    assert {trial.settings.optimization for trial in trials} == {"all", "extended"}
+    assert all(trial.ratio is not None and trial.ratio.median > 0 for trial in trials)
+    assert all(trial.ratio is None for trial in tune(session.path, "cpu", 10, None))
+
+
+def test_session_settings_say_what_differs() -> None:
+    assert SessionSettings().text == "defaults"
+    assert SessionSettings(fold_weights=True, threads=1).text == "fold_weights=true, threads=1"
+    with pytest.raises(UsageError, match="optimization=most: unknown level; use one of off, basic, extended, all"):
+        SessionSettings(optimization="most")
+    with pytest.raises(UsageError, match="threads=-1"):
+        SessionSettings(threads=-1)
+
+
+def test_only_others_count_as_other_load(tmp_path: Path) -> None:
+    with watch_other_load() as load:
+        sum(range(3_000_000))
+    if load.cores is None:
+        pytest.skip("this system does not say")
+    assert 0 <= load.cores < 64
+    assert load.metrics() == {"busy_cores_of_others": load.cores}
+    assert not OtherLoad().disturbs
+    assert OtherLoad().metrics() == {}
+    assert OtherLoad(0.9).disturbs
+    assert 10 < peak_memory_mb() < 100_000
+
+
 def test_placement_counts_every_node(session: Session) -> None:
-    placed = nodes_by_provider(session)
+    placed = measure_placement(session).nodes_by_provider()
     assert set(placed) == {"CPUExecutionProvider"}
     assert sum(placed.values()) >= 1
 
 
 def test_parity_of_the_same_network(net: nn.Module, session: Session) -> None:
     images = list(np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32))
-    parity = measure_parity(net, session, images, "one2many")
+    parity = measure_parity(torch_network(net), session, images, "one2many")
     assert parity.pictures == 3
     assert parity.max_abs is not None
     assert parity.max_abs < 1e-5
     with torch.no_grad():
         net[0].bias += 0.5
-    worse = measure_parity(net, session, images, "one2many")
+    worse = measure_parity(torch_network(net), session, images, "one2many")
     # boxes (4 of 6 rows) count as a fraction of the 32 pixels, scores as they are
     assert worse.mean_abs == pytest.approx((4 * 0.5 / 32 + 2 * 0.5) / 6, rel=1e-3)
 

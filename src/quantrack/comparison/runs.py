@@ -88,6 +88,7 @@ class ComparedRun:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     label: str = ""
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ def comparable_groups(runs: Sequence[ComparedRun]) -> tuple[Group, ...]:
 def labels(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
     """The runs with a short label each, made longer only where two would have the same.
 
-    A label says the mode, then the recipe, the average bits, the model and the run, as far as needed.
+    A label says the mode and the variant, then the recipe, the average bits, the model and the run, as far as needed.
     """
     names = [[part] for part in (FLOAT_LABELS.get(run.mode, run.mode.upper()) for run in runs)]
+    names = [[*name, run.variant] if run.variant else name for name, run in zip(names, runs, strict=True)]
     for more in (_recipe, _bits, lambda run: run.model, lambda run: run.run_id[:8]):
         counts = Counter(" ".join(name) for name in names)
         for name, run in zip(names, runs, strict=True):

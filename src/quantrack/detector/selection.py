@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 def select_before_decoding(head: nn.Module) -> None:
     """Let an Ultralytics head whose one-to-one branch is chosen select before it decodes, in place."""
-    head.__class__ = _selecting(type(head))
+    kind: Any = type(head)
+    head.__class__ = _selecting(kind)
 
 
 @cache
-def _selecting(head_type: type[nn.Module]) -> type[nn.Module]:
+def _selecting(head_type: Any) -> Any:  # noqa: ANN401 - Ultralytics is untyped
     """A head of the same kind with the order changed; a class, so that copies of the model keep it."""
     return type(f"Selecting{head_type.__name__}", (head_type,), {"_inference": _inference, "postprocess": _as_it_is})
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -17,32 +16,38 @@ from quantrack.errors import QuantrackError
 from quantrack.evaluation.coco_metrics import evaluate_coco
 from quantrack.evaluation.decode import decode
 from quantrack.evaluation.types import CocoResult, Detection
-from quantrack.progress import track
-from quantrack.runtime.latency import Latency, measure_latency
-from quantrack.runtime.parity import Parity, measure_parity
-from quantrack.runtime.placement import nodes_by_provider
+from quantrack.progress import say, track
+from quantrack.runtime.latency import Latency, Ratio, measure_in_turns
+from quantrack.runtime.load import OtherLoad, watch_other_load
+from quantrack.runtime.parity import Network, Parity, measure_parity, torch_network
+from quantrack.runtime.placement import Placement, measure_placement
 from quantrack.runtime.session import Session
 
 PARITY_PICTURES = 8
-Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long one picture takes, and which provider ran how many nodes."""
+    """How long one picture takes, and what ran on which provider.
+
+    `ratio` is the latency over that of another file that was timed in turns with it; None where there was none.
+    """
 
     provider: str
     latency: Latency
-    placement: dict[str, int]
+    placement: Placement
+    session_settings: str
+    other_load: OtherLoad
+    ratio: Ratio | None = None
 
     def metrics(self) -> dict[str, float]:
-        placed = {f"nodes_on_{provider}": float(count) for provider, count in self.placement.items()}
-        return self.latency.metrics() | placed
+        measured = self.latency.metrics() | self.placement.metrics() | self.other_load.metrics()
+        return measured | (self.ratio.metrics() if self.ratio else {})
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a file was seen to do; `parity` is None where there is no PyTorch model to compare with."""
+    """What a file was seen to do; `parity` is None where there is nothing to compare with."""
 
     speed: Speed
     coco: CocoResult
@@ -55,19 +60,33 @@ class Proof:
         return self.coco.metrics | self.speed.metrics() | parity | {"eval_seconds": self.eval_seconds}
 
 
-def measure_speed(session: Session, latency_runs: int) -> Speed:
-    """Time a session and count its nodes per provider."""
-    return Speed(session.provider, measure_latency(session, latency_runs), nodes_by_provider(session))
+def measure_speed(session: Session, latency_runs: int, beside: Session | None = None) -> Speed:
+    """Time a session, in turns with another one where it is given, and see which provider ran what."""
+    with watch_other_load() as load:
+        latencies, ratios = measure_in_turns([beside, session] if beside else [session], latency_runs)
+    if load.disturbs:
+        say(f"latency: other processes kept {load.cores:.1f} cores busy meanwhile; measure again on an idle machine")
+    ratio = ratios[-1] if beside else None
+    placement = measure_placement(session)
+    return Speed(session.provider, latencies[-1], placement, session.settings.text, load, ratio)
 
 
 def prove(
-    session: Session, evaluation_set: EvaluationSet, head: str, latency_runs: int, model: nn.Module | None
+    session: Session,
+    evaluation_set: EvaluationSet,
+    head: str,
+    latency_runs: int,
+    reference: Network | None,
+    beside: Session | None = None,
 ) -> Proof:
-    """Measure everything about an open file; `model` is its PyTorch twin where there is one."""
+    """Measure everything about an open file.
+
+    `reference` says what it should give, where something does; `beside` is the float32 file to time it with.
+    """
     parity = None
-    if model is not None:
-        parity = measure_parity(model, session, parity_inputs(evaluation_set, session.imgsz), head)
-    speed = measure_speed(session, latency_runs)
+    if reference is not None:
+        parity = measure_parity(reference, session, parity_inputs(evaluation_set, session.imgsz), head)
+    speed = measure_speed(session, latency_runs, beside)
     start = time.perf_counter()
     detections = detect(session.run, session.imgsz, evaluation_set, head)
     coco = evaluate_coco(evaluation_set, detections)
@@ -84,15 +103,9 @@ def detect(run: Network, imgsz: int, evaluation_set: EvaluationSet, head: str) -
     return tuple(found)
 
 
-def score_model(model: nn.Module, evaluation_set: EvaluationSet, head: str, imgsz: int, device: torch.device) -> float:
+def score_model(model: nn.Module, evaluation_set: EvaluationSet, head: str, imgsz: int) -> float:
     """mAP50-95 of a PyTorch detector as it is, without an export."""
-
-    @torch.no_grad()
-    def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = model(torch.from_numpy(image).to(device)).cpu().numpy()
-        return output
-
-    return evaluate_coco(evaluation_set, detect(run, imgsz, evaluation_set, head)).metrics["mAP50-95"]
+    return evaluate_coco(evaluation_set, detect(torch_network(model), imgsz, evaluation_set, head)).metrics["mAP50-95"]
 
 
 def parity_inputs(evaluation_set: EvaluationSet, imgsz: int) -> Iterator[NDArray[np.float32]]:

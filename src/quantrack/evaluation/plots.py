@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from quantrack.evaluation.types import ClassResult, CocoResult
 from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.sensitivity import LayerSensitivity
+from quantrack.runtime.placement import Placement
 
 DARK, LIGHT, ACCENT, GREY = "#1f5a8a", "#b9d3e8", "#d9822b", "#555555"
+SHOWN_OPERATORS = 15
 BAR_INCHES, BAR_HEIGHT = 0.19, 0.78
 DPI = 120
 
@@ -68,6 +70,23 @@ def sensitivity_figure(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: st
     axes.set_title("Sensitivity; orange: the plan gives more bits", loc="left", fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    return figure
+
+
+def placement_figure(placement: Placement) -> Figure:
+    """Milliseconds a picture of the operators that take the most, by provider."""
+    shown = placement.uses[:SHOWN_OPERATORS][::-1]
+    providers = sorted({use.provider for use in placement.uses})
+    colours = dict(zip(providers, (DARK, ACCENT, GREY), strict=False))
+    figure, axes = new_figure(6.4, 1.2 + BAR_INCHES * 1.4 * len(shown))
+    labels = [f"{use.operator} x {use.nodes}" for use in shown]
+    axes.barh(labels, [use.milliseconds for use in shown], BAR_HEIGHT, color=[colours[use.provider] for use in shown])
+    for provider in providers:
+        axes.barh([labels[0]], [0], color=colours[provider], label=provider)
+    axes.set(xlabel="milliseconds a picture, with the profiler on")
+    axes.set_title("time by operator", loc="left", fontweight="bold")
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from quantrack.onnx.activation_grid import ObservedRange
 from quantrack.onnx.clean import clean_graph, convert_to_float16
 from quantrack.onnx.export import export_float, export_qcdq
+from quantrack.onnx.full_placement import place_everywhere
 from quantrack.onnx.inspect import ModelFacts, check_onnx, count_nodes, node_metrics, write_facts
+from quantrack.onnx.int4 import store_as_int4
 
 BYTES_PER_MB = 1_000_000
 
 
 @dataclass(frozen=True)
 class ExportedFiles:
-    """The graph as exported, the cleaned one that is run, and the exported one's node counts."""
+    """The graph as exported, and the one made of it that is run.
+
+    `plain_nodes` counts the graph that states the quantization: the exported one, unless the one that is
+    run has other quantizers or other weights.
+    """
 
     plain: Path
     optimized: Path
@@ -25,7 +32,7 @@ class ExportedFiles:
     optimized_nodes: dict[str, int]
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the exported graph and the size of the file that is run, in MB of 10^6 bytes."""
+        """Node counts, and the size of the file that is run, in MB of 10^6 bytes."""
         return node_metrics(self.plain_nodes) | {"onnx_mb": megabytes(self.optimized)}
 
 
@@ -42,6 +49,27 @@ def megabytes(path: Path) -> float:
 def export_quantized_files(model: nn.Module, facts: ModelFacts, folder: Path) -> ExportedFiles:
     """Write `<model>-<mode>-qcdq-ptq.onnx` and its cleaned `-opt` twin."""
     return _export(model, export_qcdq, facts, folder / f"{facts.model}-{facts.mode}-qcdq-ptq.onnx")
+
+
+def place_in_full(files: ExportedFiles, facts: ModelFacts, observed: Mapping[str, ObservedRange]) -> ExportedFiles:
+    """Write `<model>-<mode>-qcdq-ptq-full-opt.onnx`, quantizers at every activation, to be run instead."""
+    target = files.plain.with_name(f"{files.plain.stem}-full-opt.onnx")
+    place_everywhere(files.optimized, target, observed)
+    return _run_instead(files, target, facts)
+
+
+def pack_weights(files: ExportedFiles, facts: ModelFacts) -> ExportedFiles:
+    """Write the file that is run once more, `-int4-opt.onnx`, with weights of at most 4 bits as INT4."""
+    target = files.optimized.with_name(f"{files.optimized.stem.removesuffix('-opt')}-int4-opt.onnx")
+    store_as_int4(files.optimized, target)
+    return _run_instead(files, target, facts)
+
+
+def _run_instead(files: ExportedFiles, target: Path, facts: ModelFacts) -> ExportedFiles:
+    write_facts(target, facts)
+    check_onnx(target)
+    counts = count_nodes(target)
+    return ExportedFiles(files.plain, target, counts, counts)
 
 
 def export_float_files(model: nn.Module, facts: ModelFacts, folder: Path) -> ExportedFiles:

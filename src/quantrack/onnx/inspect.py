@@ -23,6 +23,7 @@ class ModelFacts:
     """What an exported file says of itself, so that it can be evaluated, compared and served on its own.
 
     `category_ids` are the annotation file's ids of the classes; empty in files older than the field.
+    `placement` says where the activations' quantizers are, `weight_storage` the type of 4-bit weights.
     """
 
     model: str
@@ -34,6 +35,13 @@ class ModelFacts:
     class_names: tuple[str, ...]
     weight_bits_avg: float | None = None
     category_ids: tuple[int, ...] = ()
+    placement: str = "inputs"
+    weight_storage: str = "int8"
+
+    @property
+    def variant(self) -> str:
+        """What sets the file apart from others of its mode and recipe; empty for the usual QCDQ file."""
+        return " ".join(word for word in (self.placement, self.weight_storage) if word not in ("inputs", "int8"))
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -73,6 +81,19 @@ def node_metrics(counts: Mapping[str, int]) -> dict[str, float]:
     """The node counts as metrics; an operator that is not in the graph counts 0."""
     metrics = {f"nodes_{operator}": float(counts.get(operator, 0)) for operator in COUNTED}
     return metrics | {"nodes_total": float(sum(counts.values()))}
+
+
+def has_quantizers(path: Path) -> bool:
+    """Whether any value goes through DequantizeLinear."""
+    return "DequantizeLinear" in count_nodes(path)
+
+
+def has_integer_convolutions(path: Path) -> bool:
+    """Whether a runtime can compute most convolutions on integers, as their results are quantized too."""
+    nodes = load_onnx(path).graph.node
+    results = {name for node in nodes if node.op_type == "Conv" for name in node.output}
+    quantized = results & {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    return 2 * len(quantized) > len(results)
 
 
 def require_same_qdq(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:

@@ -1,29 +1,41 @@
-"""Time a session: warm-up, inputs and outputs bound to the device, percentiles."""
+"""Time sessions: warm-up until stable, inputs and outputs bound to the device, several in turns."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.runtime.session import CUDA, Session
 
-WARM_UP_RUNS = 10
+BLOCK = 10  # runs of one session before the next one's turn
+SETTLING = 3  # runs at the start of a turn that still feel the other session
+WARM_UP_BLOCKS = 10
+STABLE = 0.05  # two blocks' medians differ by less than this share
+RESAMPLES = 1000
+Milliseconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one picture through the network: no reading, letterbox or NMS."""
+    """Milliseconds of one picture through the network: no reading, letterbox or NMS.
+
+    `low` and `high` bound the median at 95 % (bootstrap over blocks of runs).
+    """
 
     mean: float
     p50: float
     p90: float
     p99: float
     runs: int
+    low: float
+    high: float
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -31,29 +43,88 @@ class Latency:
             "latency_ms_p50": self.p50,
             "latency_ms_p90": self.p90,
             "latency_ms_p99": self.p99,
+            "latency_ms_p50_ci_low": self.low,
+            "latency_ms_p50_ci_high": self.high,
         }
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The median of one session's latency over another's, and its 95 % interval over the turns."""
+
+    median: float
+    low: float
+    high: float
+
+    def metrics(self) -> dict[str, float]:
+        return {"latency_ratio": self.median, "latency_ratio_ci_low": self.low, "latency_ratio_ci_high": self.high}
+
+
 def measure_latency(session: Session, runs: int) -> Latency:
-    """Time `runs` single-picture runs after a warm-up.
+    """Time `runs` single-picture runs of one session.
+
+    Raises:
+        UsageError: `runs` is not positive.
+    """
+    return measure_in_turns([session], runs)[0][0]
+
+
+def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Latency, ...], tuple[Ratio, ...]]:
+    """Time sessions in turns of a few runs, so that what disturbs the machine disturbs all alike.
+
+    Returns:
+        Each session's latency, and its ratio to the first session's.
 
     Raises:
         UsageError: `runs` is not positive.
     """
     if runs < 1:
         raise UsageError(f"latency_runs={runs}: must be at least 1")
-    binding = _bind(session)
-    for _ in range(WARM_UP_RUNS):
-        session.inference.run_with_iobinding(binding)
-    binding.synchronize_outputs()
+    bindings = [_bind(session) for session in sessions]
+    for session, binding in zip(sessions, bindings, strict=True):
+        _warm_up(session, binding)
+    blocks: list[list[Milliseconds]] = [[] for _ in sessions]
+    sizes = [min(BLOCK, runs - done) for done in range(0, runs, BLOCK)]
+    for size in track(sizes, "measuring latency"):
+        for place, (session, binding) in enumerate(zip(sessions, bindings, strict=True)):
+            settling = SETTLING if len(sessions) > 1 else 0
+            blocks[place].append(_time(session, binding, settling + size)[settling:])
+    medians = [np.array([np.median(block) for block in turns]) for turns in blocks]
+    latencies = tuple(_latency(np.concatenate(turns), each) for turns, each in zip(blocks, medians, strict=True))
+    return latencies, tuple(Ratio(*_median_interval(each / medians[0])) for each in medians)
+
+
+def _latency(milliseconds: Milliseconds, medians: Milliseconds) -> Latency:
+    p50, p90, p99 = (float(value) for value in np.percentile(milliseconds, [50, 90, 99]))
+    _, low, high = _median_interval(medians)
+    return Latency(float(milliseconds.mean()), p50, p90, p99, len(milliseconds), min(low, p50), max(high, p50))
+
+
+def _median_interval(values: Milliseconds) -> tuple[float, float, float]:
+    """The median of blocks and its 95 % percentile bootstrap, the same for the same values."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+    return float(np.median(values)), float(low), float(high)
+
+
+def _warm_up(session: Session, binding: ort.IOBinding) -> None:
+    """Run until two blocks in a row take the same time, or for ten blocks."""
+    before = np.inf
+    for _ in range(WARM_UP_BLOCKS):
+        now = float(np.median(_time(session, binding, BLOCK)))
+        if abs(now - before) <= STABLE * now:
+            return
+        before = now
+
+
+def _time(session: Session, binding: ort.IOBinding, runs: int) -> Milliseconds:
     seconds = np.empty(runs)
-    for index in track(range(runs), "measuring latency"):
+    for index in range(runs):
         start = time.perf_counter()
         session.inference.run_with_iobinding(binding)
         binding.synchronize_outputs()
         seconds[index] = time.perf_counter() - start
-    p50, p90, p99 = np.percentile(seconds, [50, 90, 99]) * 1000
-    return Latency(float(seconds.mean() * 1000), float(p50), float(p90), float(p99), runs)
+    return seconds * 1000
 
 
 def _bind(session: Session) -> ort.IOBinding:
@@ -61,7 +132,10 @@ def _bind(session: Session) -> ort.IOBinding:
     device = "cuda" if session.provider == CUDA else "cpu"
     images = np.full((1, 3, session.imgsz, session.imgsz), 114 / 255, np.float32)
     binding = session.inference.io_binding()
-    value = ort.OrtValue.ortvalue_from_numpy(images, device, 0)
-    binding.bind_ortvalue_input(session.inference.get_inputs()[0].name, value)
-    binding.bind_output(session.inference.get_outputs()[0].name, device)
+    binding.bind_ortvalue_input(
+        session.inference.get_inputs()[0].name, ort.OrtValue.ortvalue_from_numpy(images, device, 0)
+    )
+    # one fixed buffer, as a captured CUDA graph writes to the same address each time
+    shape, name = list(session.output_shape), session.inference.get_outputs()[0].name
+    binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0))
     return binding

@@ -6,7 +6,7 @@ A quantized network agrees only statistically: a value on a rounding edge may fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import nn
 from quantrack.errors import QuantrackError
 from quantrack.runtime.session import Session
 
+Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 SHOWN_SCORE = 0.05  # below it, the order of one-to-one rows is noise
 
 
@@ -39,18 +40,16 @@ class Parity:
         return counted | {"parity_mean_abs": self.mean_abs, "parity_max_abs": self.max_abs}
 
 
-def measure_parity(model: nn.Module, session: Session, inputs: Iterable[NDArray[np.float32]], head: str) -> Parity:
+def measure_parity(reference: Network, session: Session, inputs: Iterable[NDArray[np.float32]], head: str) -> Parity:
     """Run the same pictures [3, imgsz, imgsz] through both.
 
     Raises:
         QuantrackError: an output is not finite.
     """
-    device = next(model.parameters()).device
     differences: list[NDArray[np.float32]] = []
     pictures = unmatched = 0
     for image in inputs:
-        with torch.no_grad():
-            expected = model(torch.from_numpy(image)[None].to(device))[0].cpu().numpy()
+        expected = reference(image[None])[0]
         actual = session.run(image[None])[0]
         if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
             raise QuantrackError(f"{session.path}: the output is not finite; check the weights")
@@ -67,6 +66,29 @@ def measure_parity(model: nn.Module, session: Session, inputs: Iterable[NDArray[
     if values.size == 0:
         return Parity(None, None, pictures, unmatched)
     return Parity(float(values.mean()), float(values.max()), pictures, unmatched)
+
+
+def torch_network(model: nn.Module) -> Network:
+    """A PyTorch detector as a function of arrays [B, 3, imgsz, imgsz]."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = model(torch.from_numpy(images).to(device)).cpu().numpy()
+        return output
+
+    return run
+
+
+def require_same_outputs(one: Session, other: Session, inputs: Iterable[NDArray[np.float32]]) -> None:
+    """Check that two files give the same bits for inputs [1, 3, imgsz, imgsz].
+
+    Raises:
+        QuantrackError: an output differs.
+    """
+    for image in inputs:
+        if not np.array_equal(one.run(image), other.run(image)):
+            raise QuantrackError(f"{other.path}: its outputs are not those of {one.path}; please report this")
 
 
 def match_rows(

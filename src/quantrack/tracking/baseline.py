@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
-from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, ComparisonKey
+from quantrack.comparison.runs import ACCURACY, LATENCY_RATIO, ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.bootstrap import paired_drop_interval
@@ -21,10 +21,12 @@ from quantrack.evaluation.types import Detection
 from quantrack.onnx.files import export_float_files
 from quantrack.onnx.inspect import ModelFacts
 from quantrack.progress import say
-from quantrack.runtime.session import open_session
+from quantrack.runtime.parity import torch_network
+from quantrack.runtime.session import Session, open_session
 from quantrack.settings import BaselineSettings, parse_settings
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
+from quantrack.tracking.models import fetch_onnx
 from quantrack.tracking.record import log_run_digest
 from quantrack.tracking.result import log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
@@ -40,14 +42,10 @@ class Baseline:
     run_id: str
     metrics: Mapping[str, float]
     detections: Sequence[Detection]
-    device_name: str
 
-    def against(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
-        """`mAP50-95_drop` in points, its 95 % interval, and `latency_ratio` where the processor is the same."""
-        ratio = {}
-        if self.device_name == device_name(proof.speed.provider) and LATENCY in self.metrics:
-            ratio = {LATENCY_RATIO: proof.speed.latency.metrics()[LATENCY] / self.metrics[LATENCY]}
-        return self.drop(proof, evaluation_set) | ratio
+    def open(self, provider: str, folder: Path) -> Session:
+        """The baseline's file, to be timed in turns with another; it is copied to `folder`."""
+        return open_session(fetch_onnx(f"runs:/{self.run_id}/onnx", folder, "baseline"), provider)
 
     def drop(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
         """`mAP50-95_drop` in points and its 95 % interval; absent where either side was not measured."""
@@ -65,7 +63,7 @@ def measure_baseline(
     provider: str,
     latency_runs: int,
     reference: Baseline | None,
-) -> Baseline:
+) -> tuple[Baseline, Proof]:
     """Export the float detector in the precision of `facts.mode`, prove it, log it in the active run.
 
     `reference` is the float32 baseline that another precision is held against.
@@ -77,13 +75,14 @@ def measure_baseline(
     with tempfile.TemporaryDirectory() as folder:
         files = export_float_files(detector.model, facts, Path(folder))
         session = open_session(files.optimized, provider)
-        proof = prove(session, evaluation_set, facts.head, latency_runs, detector.model)
-        further = reference.against(proof, evaluation_set) if reference else OWN_REFERENCE
+        beside = reference.open(provider, Path(folder) / "float32") if reference else None
+        proof = prove(session, evaluation_set, facts.head, latency_runs, torch_network(detector.model), beside)
+        further = reference.drop(proof, evaluation_set) if reference else OWN_REFERENCE
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     active = mlflow.active_run()
     run_id = active.info.run_id if active else ""
-    return Baseline(run_id, metrics, proof.detections, device_name(proof.speed.provider))
+    return Baseline(run_id, metrics, proof.detections), proof
 
 
 def find_baseline(key: ComparisonKey, further_tags: Mapping[str, str] | None = None) -> Baseline | None:
@@ -119,13 +118,11 @@ def find_or_measure_baseline(
         with tracked_run("baseline", texts, nested=True):
             name_run(f"baseline-fp32-{facts.model}")
             log_run_digest(parse_settings(BaselineSettings, texts), detector, evaluation_set, None)
-            baseline = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs, None)
+            baseline, _ = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs, None)
     mlflow.set_tag("baseline_run_id", baseline.run_id)
     return baseline
 
 
 def _read_baseline(run: Run) -> Baseline:
     text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/detections.json")
-    return Baseline(
-        run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)), run.data.tags["device_name"]
-    )
+    return Baseline(run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -57,8 +57,14 @@ def _compared(run: Run) -> ComparedRun:
         return ComparedRun(
             run_id, run.info.run_name or run_id, tags["mode"], tags["recipe"], tags["model_name"],
             Circumstances(evaluation_name(run), *(tags[name] for name in CIRCUMSTANCES)), dict(run.data.metrics),
-            _classes(run_id), _ranges(run_id), _samples(run_id, Path(folder)),
+            _classes(run_id), _ranges(run_id), _samples(run_id, Path(folder)), variant=_variant(tags),
         )  # fmt: skip
+
+
+def _variant(tags: Mapping[str, str]) -> str:
+    """What sets the run's file apart from the usual QCDQ file; older runs do not say, and have that."""
+    told = (tags.get("placement", "inputs"), tags.get("weight_storage", "int8"))
+    return " ".join(word for word in told if word not in ("inputs", "int8"))
 
 
 def _classes(run_id: str) -> tuple[ClassScore, ...]:

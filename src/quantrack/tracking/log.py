@@ -15,8 +15,13 @@ from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.download import PreparedData
 from quantrack.evaluation.coco_metrics import detections_json
-from quantrack.evaluation.measure import Proof
-from quantrack.evaluation.plots import per_class_ap_figure, precision_recall_figure, sensitivity_figure
+from quantrack.evaluation.measure import Proof, Speed
+from quantrack.evaluation.plots import (
+    per_class_ap_figure,
+    placement_figure,
+    precision_recall_figure,
+    sensitivity_figure,
+)
 from quantrack.evaluation.samples import choose_samples, sample_picture
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.files import ExportedFiles
@@ -126,6 +131,7 @@ def log_json(content: object, name: str) -> None:
 def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
     """Detections, per-class table, plots and environment of one measured file."""
     log_provider(proof.speed.provider)
+    log_speed(proof.speed)
     log_json(proof.coco.metrics, "coco_metrics.json")
     log_json(detections_json(proof.detections), "detections.json")
     rows = [row for row in proof.coco.classes if row.ap50_95 is not None]
@@ -139,6 +145,13 @@ def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
     title = f"{evaluation_set.name}, mAP50-95 {proof.coco.metrics['mAP50-95']:.3f}"
     mlflow.log_figure(precision_recall_figure(proof.coco, title), "plots/precision_recall.png")
     mlflow.log_figure(per_class_ap_figure(proof.coco, title), "plots/per_class_ap.png")
+
+
+def log_speed(speed: Speed) -> None:
+    """The session's settings, and which provider ran what for how long, as `placement.json` and a plot."""
+    mlflow.set_tag("session_settings", speed.session_settings)
+    log_json(speed.placement.record(), "placement.json")
+    mlflow.log_figure(placement_figure(speed.placement), "plots/placement.png")
 
 
 def log_provider(provider: str) -> None:

@@ -14,6 +14,7 @@ from quantrack.errors import QuantrackError
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
+from quantrack.tracking.read import find_run
 
 
 def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_set: EvaluationSet) -> None:
@@ -40,10 +41,20 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
             raise QuantrackError(f"{setting}={reference}: no such file; give a file, runs:/... or models:/...")
         return path
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
     except Exception as error:  # stores raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({reason})") from error
+
+
+def float_file_of(reference: str) -> str:
+    """Where the float32 baseline lies that the run behind `runs:/RUN_ID/...` was held against; empty if nowhere."""
+    if not reference.startswith("runs:/"):
+        return ""
+    run = find_run(reference.removeprefix("runs:/").partition("/")[0])
+    baseline = run.data.tags.get("baseline_run_id", "") if run else ""
+    return f"runs:/{baseline}/onnx" if baseline else ""
 
 
 def fetch_plan(reference: str) -> BitPlan:

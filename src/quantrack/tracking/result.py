@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlflow
@@ -13,7 +13,10 @@ from quantrack.detector.load import Detector
 from quantrack.evaluation.measure import Proof, Speed
 from quantrack.onnx.files import ExportedFiles, file_metrics
 from quantrack.onnx.inspect import ModelFacts
-from quantrack.tracking.log import log_files, log_proof, log_provider
+from quantrack.runtime.load import peak_memory_mb
+from quantrack.runtime.tune import Trial
+from quantrack.schemes import SCHEMES
+from quantrack.tracking.log import log_files, log_proof, log_provider, log_speed
 from quantrack.tracking.models import log_model
 from quantrack.tracking.summary import log_summary
 
@@ -29,7 +32,6 @@ def detector_facts(
     imgsz: int,
     mode: str,
     recipe: str,
-    weight_bits_avg: float | None = None,
 ) -> ModelFacts:
     """What an exported file of this detector, which has the classes of the set, will say of itself."""
     return ModelFacts(
@@ -40,8 +42,7 @@ def detector_facts(
         mode,
         recipe,
         detector.class_names,
-        weight_bits_avg,
-        tuple(category.id for category in evaluation_set.categories),
+        category_ids=tuple(category.id for category in evaluation_set.categories),
     )
 
 
@@ -53,12 +54,13 @@ def log_result(
     further: Mapping[str, float],
 ) -> dict[str, float]:
     """Log the files, the proof, the LoggedModel, tags and summary; returns all metrics."""
-    metrics = proof.metrics() | files.metrics() | dict(further)
+    metrics = proof.metrics() | files.metrics() | dict(further) | {"peak_rss_mb": peak_memory_mb()}
     log_files(files)
     log_proof(proof, evaluation_set)
     log_identity(facts, evaluation_set, proof.speed.provider)
-    log_model(files.optimized, f"{facts.model}-{facts.mode}-{facts.recipe}", metrics, evaluation_set)
-    log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)
+    name = title(facts)
+    log_model(files.optimized, name.replace(" ", "-"), metrics, evaluation_set)
+    log_summary(name, measured_on(facts, evaluation_set, proof), metrics)
     return metrics
 
 
@@ -72,7 +74,7 @@ def log_evaluation(
     log_proof(proof, evaluation_set)
     mlflow.log_metrics(metrics)
     log_identity(facts, evaluation_set, proof.speed.provider)
-    log_summary(f"{facts.model} {facts.mode} {facts.recipe}", measured_on(facts, evaluation_set, proof), metrics)
+    log_summary(title(facts), measured_on(facts, evaluation_set, proof), metrics)
 
 
 def log_benchmark(path: Path, facts: ModelFacts, speed: Speed) -> None:
@@ -86,14 +88,36 @@ def log_benchmark(path: Path, facts: ModelFacts, speed: Speed) -> None:
         "input": f"{facts.imgsz} px",
         "provider": speed.provider,
         "timed runs": str(speed.latency.runs),
+        "session": speed.session_settings,
     }
-    log_summary(f"{facts.model} {facts.mode} {facts.recipe}: speed", measured, metrics)
+    log_speed(speed)
+    log_summary(f"{title(facts)}: speed", measured, metrics)
+
+
+def log_tuning(trials: Sequence[Trial]) -> None:
+    """`tuning.json`, a table of session settings, the fastest first; the best ones as a tag."""
+    table: dict[str, list[object]] = {
+        "session": [trial.settings.text for trial in trials],
+        "median ms": [round(trial.latency.p50, 3) for trial in trials],
+        "from": [round(trial.latency.low, 3) for trial in trials],
+        "to": [round(trial.latency.high, 3) for trial in trials],
+        "times float32": [None if trial.ratio is None else round(trial.ratio.median, 4) for trial in trials],
+    }
+    mlflow.log_table(table, "tuning.json")
+    mlflow.set_tag("best_session_settings", trials[0].settings.text)
 
 
 def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> None:
     """Tags to filter by, and those that say which runs may be compared."""
     key = comparison_key(facts, evaluation_set, provider)
     mlflow.set_tags(key.tags() | {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model})
+    if facts.mode in SCHEMES:
+        mlflow.set_tags({"placement": facts.placement, "weight_storage": facts.weight_storage})
+
+
+def title(facts: ModelFacts) -> str:
+    """Model, mode, variant and recipe, for people."""
+    return " ".join(word for word in (facts.model, facts.mode, facts.variant, facts.recipe) if word)
 
 
 def measured_on(facts: ModelFacts, evaluation_set: EvaluationSet, proof: Proof) -> dict[str, str]:
@@ -104,4 +128,5 @@ def measured_on(facts: ModelFacts, evaluation_set: EvaluationSet, proof: Proof) 
         "input": f"{facts.imgsz} px",
         "provider": proof.speed.provider,
         "timed runs": str(proof.speed.latency.runs),
+        "session": proof.speed.session_settings,
     }

@@ -1,0 +1,69 @@
+"""A graph that can be looked through and rewritten: who makes a tensor, who takes it, what is constant."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from quantrack.files import atomic_path
+from quantrack.onnx.inspect import load_onnx
+
+
+class Graph:
+    """An ONNX model's graph, indexed; after a change of `nodes` or their inputs, take a new `Graph(model)`."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.initializers = {item.name: item for item in model.graph.initializer}
+        self.producers = {output: node for node in model.graph.node for output in node.output}
+        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers[name].append(node)
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """The nodes in order."""
+        return list(self.model.graph.node)
+
+    def array(self, name: str) -> NDArray[np.generic]:
+        """The value of an initializer."""
+        return np.asarray(numpy_helper.to_array(self.initializers[name]))
+
+    def add(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
+        """Add a constant under a name that is free; returns the name."""
+        tensor = numpy_helper.from_array(np.asarray(value), name)
+        self.model.graph.initializer.append(tensor)
+        self.initializers[name] = tensor
+        return name
+
+    def replace(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        """Take these nodes instead, and drop constants that none of them uses."""
+        kept = list(nodes)
+        used = {name for node in kept for name in node.input}
+        constants = [item for item in self.model.graph.initializer if item.name in used]
+        del self.model.graph.node[:], self.model.graph.initializer[:]
+        self.model.graph.node.extend(kept)
+        self.model.graph.initializer.extend(constants)
+
+
+def read_graph(path: Path) -> Graph:
+    """The graph of a file.
+
+    Raises:
+        QuantrackError: the file is missing or is not ONNX.
+    """
+    return Graph(load_onnx(path))
+
+
+def write_graph(graph: Graph, path: Path) -> None:
+    """Write the model whole or not at all; shapes of tensors that changed are left to be inferred."""
+    del graph.model.graph.value_info[:]
+    with atomic_path(path) as temporary:
+        onnx.save(graph.model, str(temporary))

@@ -1,0 +1,83 @@
+"""Store weights of at most 4 bits as ONNX INT4, two in a byte; the values stay the same.
+
+INT4 needs opset 21 (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html). No Clip is needed, as the
+type itself bounds the integers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper, version_converter
+
+from quantrack.errors import QuantrackError
+from quantrack.onnx.graph import Graph, write_graph
+from quantrack.onnx.inspect import load_onnx
+
+OPSET = 21
+IR_VERSION = 10  # the first that has INT4
+LOWEST, HIGHEST = -8, 7
+
+
+def store_as_int4(source: Path, target: Path) -> int:
+    """Write a copy of a cleaned QCDQ file with its 4-bit weights packed; returns how many tensors were.
+
+    DequantizeLinear takes the packed weights, with one scale a channel. Where the convolution's result is
+    quantized, they are cast to INT8 first: ONNX Runtime does that once as it loads the file, and makes
+    integer kernels only of INT8 weights.
+
+    Raises:
+        QuantrackError: no weight is within 4 bits.
+    """
+    try:
+        converted = version_converter.convert_version(load_onnx(source), OPSET)
+    except Exception as error:  # the converter raises whatever its adapters meet
+        raise QuantrackError(
+            f"{source}: cannot be turned into opset {OPSET} ({' '.join(str(error).split())})"
+        ) from error
+    converted.ir_version = max(converted.ir_version, IR_VERSION)
+    graph = Graph(converted)
+    packed = [node for node in graph.nodes if fits_int4(graph, node)]
+    if not packed:
+        raise QuantrackError(f"{source}: no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16")
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        if any(node is each for each in packed):
+            nodes += _packed(graph, node)
+        nodes.append(node)
+    graph.replace(nodes)
+    write_graph(graph, target)
+    return len(packed)
+
+
+def fits_int4(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether this dequantizes INT8 weights of a convolution that all lie in -8 to 7."""
+    if node.op_type != "DequantizeLinear" or node.input[0] not in graph.initializers:
+        return False
+    if not any(each.op_type == "Conv" and each.input[1] == node.output[0] for each in graph.consumers[node.output[0]]):
+        return False
+    integers = graph.array(node.input[0]).astype(np.int64)
+    return bool(integers.min() >= LOWEST and integers.max() <= HIGHEST)
+
+
+def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Let a DequantizeLinear take packed weights; returns the node that must go before it, if any."""
+    name = f"{dequantize.input[0]}/int4"
+    integers = graph.array(dequantize.input[0])
+    graph.model.graph.initializer.append(numpy_helper.from_array(_as_int4(integers), name))
+    convolution = graph.consumers[dequantize.output[0]][0]
+    if any(node.op_type == "QuantizeLinear" for node in graph.consumers[convolution.output[0]]):
+        dequantize.input[0] = f"{name}/int8"
+        return [helper.make_node("Cast", [name], [f"{name}/int8"], name=f"{name}/Cast", to=onnx.TensorProto.INT8)]
+    dequantize.input[0] = name
+    if len(dequantize.input) > 2:
+        del dequantize.input[2]  # zero, and of the wrong type now
+    return []
+
+
+def _as_int4(integers: NDArray[np.generic]) -> NDArray[np.generic]:
+    return np.asarray(integers.astype(ml_dtypes.int4))

@@ -1,0 +1,68 @@
+"""Try session settings on a file, in turns, and find the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quantrack.onnx.inspect import has_quantizers
+from quantrack.progress import say
+from quantrack.runtime.latency import Latency, Ratio, measure_in_turns
+from quantrack.runtime.session import CUDA, Session, SessionSettings, open_session, resolve_provider, usable_cores
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of settings: its latency, and its ratio to the file that it was timed beside."""
+
+    settings: SessionSettings
+    latency: Latency
+    ratio: Ratio | None
+
+
+def candidates(path: Path, provider: str) -> tuple[SessionSettings, ...]:
+    """The combinations that can make a difference to this file on this provider.
+
+    A captured CUDA graph needs every node on the GPU; where that fails, the combination is left out.
+    """
+    plain = SessionSettings()
+    found = [plain]
+    if has_quantizers(path):
+        found.append(replace(plain, fold_weights=True))
+    if resolve_provider(provider) == CUDA:
+        found += [*(replace(one, tf32=False) for one in found), *(replace(one, cuda_graph=True) for one in found)]
+    else:
+        found += [replace(one, optimization="extended") for one in tuple(found)]
+        if usable_cores() > 1:
+            found += [replace(one, threads=1) for one in tuple(found) if one.optimization == "all"]
+    return tuple(found)
+
+
+def tune(path: Path, provider: str, runs: int, beside: Session | None) -> tuple[Trial, ...]:
+    """All combinations, the fastest first; `beside` is timed in turns with them where it is given."""
+    sessions = [session for settings in candidates(path, provider) if (session := _open(path, provider, settings))]
+    latencies, ratios = measure_in_turns([beside, *sessions] if beside else sessions, runs)
+    own = slice(1 if beside else 0, None)
+    trials = _trials(sessions, latencies[own], ratios[own] if beside else [None] * len(sessions))
+    return tuple(sorted(trials, key=lambda trial: trial.latency.p50))
+
+
+def _trials(
+    sessions: Sequence[Session], latencies: Sequence[Latency], ratios: Sequence[Ratio | None]
+) -> tuple[Trial, ...]:
+    return tuple(
+        Trial(session.settings, latency, ratio)
+        for session, latency, ratio in zip(sessions, latencies, ratios, strict=True)
+    )
+
+
+def _open(path: Path, provider: str, settings: SessionSettings) -> Session | None:
+    """A session that has run once; None where the settings do not fit the file, which is said."""
+    try:
+        session = open_session(path, provider, settings)
+        measure_in_turns([session], 1)
+    except Exception as error:  # ONNX Runtime's exception classes share no public base
+        say(f"{settings.text}: not possible here ({' '.join(str(error).split())[:120]})")
+        return None
+    return session

@@ -1,0 +1,46 @@
+"""Make the file that is run of the one that was exported: quantizers everywhere, packed weights."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from torch import nn
+
+from quantrack.datasets.calibration import CalibrationSet
+from quantrack.onnx.files import ExportedFiles, pack_weights, place_in_full
+from quantrack.onnx.full_placement import observable_tensors
+from quantrack.onnx.inspect import ModelFacts
+from quantrack.runtime.observe import observe_tensors
+from quantrack.runtime.parity import Network, require_same_outputs, torch_network
+from quantrack.runtime.session import REFERENCE, open_session
+
+FULL, INT4 = "full", "int4"
+COMPARED_PICTURES = 2
+
+
+def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: CalibrationSet, provider: str) -> ExportedFiles:
+    """The files that `facts.placement` and `facts.weight_storage` ask for.
+
+    Raises:
+        QuantrackError: the file cannot be made so, or packed weights change an output.
+    """
+    if facts.placement == FULL:
+        tensors, count = observable_tensors(files.optimized), len(calibration.paths)
+        pictures = calibration.batches(facts.imgsz, 1)
+        files = place_in_full(files, facts, observe_tensors(files.optimized, tensors, pictures, count, provider))
+    if facts.weight_storage == INT4:
+        unpacked, files = files, pack_weights(files, facts)
+        before, after = open_session(unpacked.optimized, provider), open_session(files.optimized, provider)
+        require_same_outputs(before, after, islice(calibration.batches(facts.imgsz, 1), COMPARED_PICTURES))
+    return files
+
+
+def reference_for(files: ExportedFiles, facts: ModelFacts, model: nn.Module, provider: str) -> Network:
+    """What the file that is run should give: what its PyTorch model gives.
+
+    With full placement it has quantizers that PyTorch has not; there it is what ONNX Runtime makes of the
+    file without any optimization, every Q/DQ in float, so that the integer kernels are checked.
+    """
+    if facts.placement == FULL:
+        return open_session(files.optimized, provider, REFERENCE).run
+    return torch_network(model)

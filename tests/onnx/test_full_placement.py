@@ -1,0 +1,196 @@
+"""Quantizers everywhere: which tensors, which grids, and that ONNX Runtime makes integer kernels of them."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+from quantrack.datasets.pictures import network_input
+from quantrack.errors import QuantrackError
+from quantrack.onnx.activation_grid import SCORES_FROM, SILU_FROM, Grid, ObservedRange, covering
+from quantrack.onnx.full_placement import (
+    FullPlacement,
+    Groups,
+    assign_grids,
+    observable_tensors,
+    place_everywhere,
+    strip_activation_quantizers,
+    tensors_to_quantize,
+)
+from quantrack.onnx.graph import Graph, read_graph, write_graph
+from quantrack.onnx.integer_kernels import double_by_copying, fill_input_channels
+from quantrack.runtime.observe import observe_tensors
+from quantrack.runtime.parity import measure_parity
+from quantrack.runtime.session import REFERENCE, open_session
+
+
+@pytest.fixture(scope="session")
+def observed(small):
+    path = small.files("w8a8").optimized
+    return observe_tensors(path, observable_tensors(path), small.calibration.batches(small.SIZE, 1), 2, "cpu")
+
+
+@pytest.fixture(scope="session")
+def full(small, observed, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("full") / "full.onnx"
+    place_everywhere(small.files("w8a8").optimized, target, observed)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    return target
+
+
+def optimized_operators(path: Path, folder: Path) -> Counter:
+    """Operators of the graph that ONNX Runtime makes of a file."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def test_every_quantized_convolution_becomes_an_integer_kernel(small, full, tmp_path):
+    before = optimized_operators(small.files("w8a8").optimized, tmp_path)
+    after = optimized_operators(full, tmp_path)
+    convolutions = small.files("w8a8").optimized_nodes["Conv"]
+    assert before["QLinearConv"] <= 2  # results that go to the next convolution's quantizer without an activation
+    assert after["QLinearConv"] == convolutions - 1
+    assert after["Conv"] == 1  # DFL
+    assert after["QLinearSigmoid"] == after["QLinearMul"] == before["QuickGelu"] > 60
+    assert after["QLinearAdd"] == 10
+    assert after["Resize"] == 0
+
+
+def test_calibrated_grids_stay(small, full):
+    """A convolution's input keeps its scale and zero point, or shares one that reaches further."""
+    calibrated = strip_activation_quantizers(read_graph(small.files("w8a8").optimized))
+    graph = read_graph(full)
+    same = 0
+    for name, conv_input in calibrated.items():
+        node = next(node for node in graph.nodes if node.name == name)
+        quantize = graph.producers[graph.producers[node.input[0]].input[0]]
+        grid = Grid(float(graph.array(quantize.input[1])), int(graph.array(quantize.input[2])))
+        same += grid.scale == pytest.approx(conv_input.grid.scale) and grid.zero_point == conv_input.grid.zero_point
+        assert grid.high >= conv_input.grid.high - 1.01 * grid.scale
+        assert grid.low <= conv_input.grid.low + 1.01 * grid.scale
+    assert same > len(calibrated) / 2
+
+
+def test_integer_kernels_compute_what_the_file_says(small, full):
+    """Against every Q/DQ in float: equal but for roundings that fall the other way."""
+    images = [network_input(path, small.SIZE) for path in small.calibration.paths]
+    fast, exact = open_session(full, "cpu"), open_session(full, "cpu", REFERENCE)
+    assert not fast.settings.fold_weights
+    parity = measure_parity(exact.run, fast, images, "one2one")
+    assert parity.unmatched == 0
+    assert parity.mean_abs is not None
+    assert 0 < parity.mean_abs < 0.02
+
+
+@pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying])
+def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypatch, rewrite):
+    monkeypatch.setattr("quantrack.onnx.full_placement.suit_integer_kernels", lambda graph: None)
+    plain, rewritten = tmp_path / "plain.onnx", tmp_path / "rewritten.onnx"
+    place_everywhere(small.files("w8a8").optimized, plain, observed)
+    graph = read_graph(plain)
+    rewrite(graph)
+    write_graph(graph, rewritten)
+    assert len(read_graph(rewritten).nodes) > len(read_graph(plain).nodes)
+    image = network_input(small.calibration.paths[1], small.SIZE)[None]
+    np.testing.assert_array_equal(open_session(plain, "cpu").run(image), open_session(rewritten, "cpu").run(image))
+
+
+def test_the_one_to_many_head_too(small, tmp_path):
+    path, target = small.files("w4a8", "one2many").optimized, tmp_path / "full.onnx"
+    tensors = observable_tensors(path)
+    ranges = observe_tensors(path, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
+    place_everywhere(path, target, ranges)
+    assert optimized_operators(target, tmp_path)["QLinearConv"] == 82
+    assert open_session(target, "cpu").output_shape == open_session(path, "cpu").output_shape
+
+
+def test_observed_ranges_hold_every_value(small, observed):
+    path = small.files("w8a8").optimized
+    name = next(iter(observed))
+    session = open_session(path, "cpu")
+    assert session.inference.get_outputs()[0].name == "output0"
+    assert observed[name].minimum <= observed[name].maximum
+    assert set(observed) == set(observable_tensors(path))
+
+
+def test_float_activations_are_refused(small, tmp_path):
+    with pytest.raises(QuantrackError, match="no activation is quantized; full placement needs a W4A8 or W8A8 model"):
+        place_everywhere(small.files("w8a16").optimized, tmp_path / "full.onnx", {})
+
+
+def test_signed_activations_are_refused(small, tmp_path):
+    with pytest.raises(QuantrackError, match="signed activations; full placement needs asymmetric ones"):
+        place_everywhere(small.files("w8a8", recipe="naive").optimized, tmp_path / "full.onnx", {})
+    assert not (tmp_path / "full.onnx").exists()
+
+
+def test_what_is_cut_and_what_is_not(small, observed):
+    graph = read_graph(small.files("w8a8").optimized)
+    conv_inputs = strip_activation_quantizers(graph)
+    graph = Graph(graph.model)
+    tensors = tensors_to_quantize(graph, conv_inputs)
+    wide = {name: ObservedRange(-50.0, 30.0) for name in tensors}
+    grids = assign_grids(graph, tensors, conv_inputs, wide, FullPlacement())
+    of_silu = {node.input[0] for node in graph.nodes if node.op_type == "Sigmoid" and node.input[0] in tensors}
+    assert len(of_silu) == 69
+    for name in of_silu:
+        assert grids[name].low == pytest.approx(SILU_FROM, abs=grids[name].scale)
+    scores = [node.output[0] for node in graph.nodes if "one2one_cv3" in node.name and node.name.endswith(".2/Conv")]
+    boxes = [node.output[0] for node in graph.nodes if "one2one_cv2" in node.name and node.name.endswith(".2/Conv")]
+    assert len(scores) == len(boxes) == 3
+    assert all(grids[name].low == pytest.approx(SCORES_FROM, abs=grids[name].scale) for name in scores)
+    assert all(grids[name].low == pytest.approx(-50, abs=0.5) for name in boxes)
+    sigmoids = {node.output[0] for node in graph.nodes if node.op_type == "Sigmoid"} & tensors
+    assert {grids[name] for name in sigmoids} == {Grid(1 / 255, 0)}
+
+
+def concatenation(narrow: float) -> tuple[Graph, dict[str, ObservedRange]]:
+    """A picture through two convolutions into Concat and a third convolution; one branch is narrow."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Add", ["images", "images"], ["a"]),
+        helper.make_node("Add", ["a", "images"], ["b"]),
+        helper.make_node("Concat", ["a", "b"], ["c"], axis=1),
+        helper.make_node("Conv", ["c", "w"], ["y"], name="last"),
+    ]
+    weights = onnx.numpy_helper.from_array(np.ones((1, 6, 1, 1), np.float32), "w")
+    shape = [1, 3, 8, 8]
+    graph = helper.make_graph(nodes, "g", [value("images", 1, shape)], [value("y", 1, None)], [weights])
+    return Graph(helper.make_model(graph)), {
+        "a": ObservedRange(0.0, narrow),
+        "b": ObservedRange(0.0, 10.0),
+        "c": ObservedRange(0.0, 10.0),
+        "images": ObservedRange(0.0, 1.0),
+        "y": ObservedRange(0.0, 1.0),
+    }
+
+
+@pytest.mark.parametrize(("narrow", "aligned"), [(4.0, False), (6.0, True)])
+def test_operands_of_concat_are_aligned_where_that_costs_less_than_a_bit(narrow, aligned):
+    from quantrack.onnx.full_placement import ConvInput
+
+    graph, ranges = concatenation(narrow)
+    conv_inputs = {"last": ConvInput("c", Grid.over(0.0, 10.0))}
+    tensors = tensors_to_quantize(graph, conv_inputs)
+    assert tensors >= {"a", "b", "c", "y"}
+    grids = assign_grids(graph, tensors, conv_inputs, ranges, FullPlacement())
+    assert (grids["a"] == grids["c"]) is aligned
+    assert grids["b"] == grids["c"] == Grid.over(0.0, 10.0)
+
+
+def test_grids():
+    assert covering(Grid.over(-1, 2), Grid.over(0, 4)) == Grid.over(Grid.over(-1, 2).low, 4)
+    assert Grid.over(3.0, 5.0).low == 0.0  # zero is always on the grid
+    assert Grid.over(0.0, 0.0).scale > 0
+    groups = Groups(["a", "b", "c"])
+    groups.join("a", "b")
+    assert groups.root("a") == groups.root("b") != groups.root("c")
+    groups.join("a", "elsewhere")
+    assert [members for _, members in groups] == [["a", "b"], ["c"]]

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from quantrack.datasets.pictures import network_input
+from quantrack.errors import QuantrackError
+from quantrack.onnx.files import pack_weights
+from quantrack.onnx.full_placement import observable_tensors, place_everywhere
+from quantrack.onnx.inspect import read_facts
+from quantrack.onnx.int4 import store_as_int4
+from quantrack.runtime.observe import observe_tensors
+from quantrack.runtime.parity import require_same_outputs
+from quantrack.runtime.session import open_session
+
+
+def packed_tensors(path: Path) -> list[onnx.TensorProto]:
+    return [item for item in onnx.load(path).graph.initializer if item.data_type == onnx.TensorProto.INT4]
+
+
+def weights_of_four_bits(path: Path) -> int:
+    four_dimensional = [
+        onnx.numpy_helper.to_array(item)
+        for item in onnx.load(path).graph.initializer
+        if item.data_type == onnx.TensorProto.INT8 and len(item.dims) == 4
+    ]
+    return sum(bool(values.min() >= -8 and values.max() <= 7) for values in four_dimensional)
+
+
+@pytest.mark.parametrize("mode", ["w4a8", "w4a16"])
+def test_packed_weights_give_the_same_bits(small, tmp_path, mode):
+    source, target = small.files(mode).optimized, tmp_path / "packed.onnx"
+    count = store_as_int4(source, target)
+    packed = packed_tensors(target)
+    assert len(packed) == count == weights_of_four_bits(source) > 50
+    assert all(len(item.raw_data) == -(-int(np.prod(item.dims)) // 2) for item in packed)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    assert not any(node.op_type in ("Clip", "Cast") and "int4" in node.name for node in onnx.load(target).graph.node)
+    images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
+    require_same_outputs(open_session(source, "cpu"), open_session(target, "cpu"), images)
+    assert target.stat().st_size < 0.75 * source.stat().st_size
+
+
+def test_integer_kernels_stay_with_full_placement(small, tmp_path):
+    source, full, target = small.files("w4a8").optimized, tmp_path / "full.onnx", tmp_path / "packed.onnx"
+    tensors = observable_tensors(source)
+    ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
+    place_everywhere(source, full, ranges)
+    assert store_as_int4(full, target) == len(packed_tensors(target))
+    images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
+    require_same_outputs(open_session(full, "cpu"), open_session(target, "cpu"), images)
+
+
+def test_a_changed_output_is_refused(small, tmp_path):
+    source, target = small.files("w4a8").optimized, tmp_path / "packed.onnx"
+    store_as_int4(source, target)
+    model = onnx.load(target)
+    packed = next(item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT4)
+    packed.raw_data = bytes(byte ^ 0x77 for byte in packed.raw_data)
+    onnx.save(model, target)
+    images = [network_input(small.calibration.paths[0], small.SIZE)[None]]
+    with pytest.raises(QuantrackError, match="its outputs are not those of"):
+        require_same_outputs(open_session(source, "cpu"), open_session(target, "cpu"), images)
+
+
+def test_eight_bit_weights_are_refused(small, tmp_path):
+    with pytest.raises(QuantrackError, match="no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16"):
+        store_as_int4(small.files("w8a8").optimized, tmp_path / "packed.onnx")
+
+
+def test_the_file_says_what_it_is(small):
+    files = small.files("w4a8")
+    facts = small.facts("w4a8", "one2one")
+    packed = pack_weights(files, facts)
+    assert packed.optimized.name == "small-w4a8-qcdq-ptq-int4-opt.onnx"
+    assert packed.plain == files.plain
+    assert packed.plain_nodes == packed.optimized_nodes
+    assert read_facts(packed.optimized) == facts

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from quantrack.onnx.graph import Graph
 
@@ -52,11 +52,13 @@ def _filled(graph: Graph, convolution: onnx.NodeProto, quantize: onnx.NodeProto)
     sides = [dimension.dim_value for dimension in picture.type.tensor_type.shape.dim]
     grid = list(quantize.input[1:])
     name = f"{picture.name}/filled"
-    zero = np.full((sides[0], missing, *sides[2:]), graph.array(grid[1]))
+    shape = graph.add(f"{name}/shape", np.array([sides[0], missing, *sides[2:]], np.int64))
+    zero = numpy_helper.from_array(graph.array(grid[1]).reshape(1))
     padding = [(0, 0), (0, missing), (0, 0), (0, 0)]
     weights.input[0] = graph.add(f"{weights.input[0]}/filled", np.pad(integers, padding))
     nodes = [
-        helper.make_node("DequantizeLinear", [graph.add(f"{name}/zeros", zero), *grid], [f"{name}/padding"]),
+        helper.make_node("ConstantOfShape", [shape], [f"{name}/zeros"], value=zero),
+        helper.make_node("DequantizeLinear", [f"{name}/zeros", *grid], [f"{name}/padding"]),
         helper.make_node("Concat", [convolution.input[0], f"{name}/padding"], [name], name=f"{name}/Concat", axis=1),
         helper.make_node("QuantizeLinear", [name, *grid], [f"{name}/quantized"]),
         helper.make_node("DequantizeLinear", [f"{name}/quantized", *grid], [f"{name}/dequantized"]),

@@ -9,6 +9,7 @@ import yaml
 
 from quantrack.settings import (
     BaselineSettings,
+    BenchmarkSettings,
     CompareSettings,
     DataSettings,
     OnnxSettings,
@@ -26,7 +27,7 @@ ENTRY_POINTS = {
     "ptq": PtqSettings,
     "baseline": BaselineSettings,
     "evaluate": OnnxSettings,
-    "benchmark": OnnxSettings,
+    "benchmark": BenchmarkSettings,
     "sensitivity": SensitivitySettings,
     "compare": CompareSettings,
     "reproduce": ReproduceSettings,

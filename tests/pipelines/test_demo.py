@@ -14,11 +14,13 @@ METRICS = {
     "mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high",
     "latency_ms_mean", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "nodes_QuantizeLinear",
     "nodes_DequantizeLinear", "nodes_Clip", "nodes_Conv", "nodes_total", "weight_bits_avg", "onnx_mb",
-    "parity_mean_abs", "parity_max_abs", "quantize_seconds", "eval_seconds",
+    "parity_mean_abs", "parity_max_abs", "quantize_seconds", "eval_seconds", "latency_ratio", "latency_ratio_ci_low",
+    "latency_ratio_ci_high", "latency_ms_p50_ci_low", "nodes_int8_compute", "nodes_memcpy", "peak_rss_mb",
 }  # fmt: skip
 ARTIFACTS = {
     "config.yaml", "calibration.json", "layers.json", "coco_metrics.json", "per_class_ap.json", "detections.json",
-    "environment.json", "summary.md", "plots/precision_recall.png", "plots/per_class_ap.png",
+    "environment.json", "placement.json", "plots/placement.png", "summary.md",
+    "plots/precision_recall.png", "plots/per_class_ap.png",
     "onnx/yolov10n-demo-w4a8-qcdq-ptq.onnx", "onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx",
 }  # fmt: skip
 
@@ -99,7 +101,8 @@ def test_same_command_twice_gives_the_same_metrics(
     again = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
     assert again.info.run_id != ptq_run.info.run_id
     for name, value in ptq_run.data.metrics.items():
-        if not name.startswith(("latency", "steps_from_cache")) and not name.endswith("seconds"):
+        of_the_moment = ("latency", "steps_from_cache", "busy_cores", "peak_rss")
+        if not name.startswith(of_the_moment) and not name.endswith("seconds"):
             assert again.data.metrics[name] == value, name
 
 
@@ -134,6 +137,37 @@ def test_benchmark_measures_speed_only(ptq_run: Run, shared_store: Path) -> None
     timed = named(shared_store, "benchmark-w4a8-yolov10n-demo")
     assert timed.data.metrics["latency_ms_p50"] > 0
     assert "mAP50-95" not in timed.data.metrics
+    # in turns with the float32 file of the run behind the address
+    assert timed.data.metrics["latency_ratio"] > 0
+
+
+def test_benchmark_finds_the_best_session_settings(ptq_run: Run, shared_store: Path) -> None:
+    uri = f"runs:/{ptq_run.info.run_id}/onnx"
+    done = run_pipeline(shared_store, "benchmark", "--onnx", uri, "--latency-runs", "10", "--tune", "true")
+    assert done.returncode == 0, done.stderr
+    timed = named(shared_store, "benchmark-w4a8-yolov10n-demo")
+    table = json.loads(mlflow.artifacts.load_text(f"runs:/{timed.info.run_id}/tuning.json"))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert {"defaults", "fold_weights=true", "optimization=extended"} <= {row["session"] for row in rows}
+    assert [row["median ms"] for row in rows] == sorted(row["median ms"] for row in rows)
+    assert all(row["times float32"] > 0 for row in rows)
+    assert timed.data.tags["best_session_settings"] == rows[0]["session"] == timed.data.tags["session_settings"]
+
+
+def test_integer_kernels_and_packed_weights(ptq_run: Run, shared_store: Path) -> None:
+    done = run_pipeline(
+        shared_store, "ptq", *DEMO, "--mode", "w4a8", "--placement", "full", "--weight-storage", "int4"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    small = named(shared_store, "ptq-w4a8-full-int4-default-yolov10n-demo")
+    assert small.data.tags["placement"] == "full"
+    assert small.data.tags["weight_storage"] == "int4"
+    metrics = small.data.metrics
+    assert metrics["nodes_int8_compute"] > 200 > ptq_run.data.metrics["nodes_int8_compute"] == 0
+    assert metrics["mAP50-95"] > ptq_run.data.metrics["mAP50-95"] - 0.05
+    assert metrics["parity_mean_abs"] < 0.02
+    assert metrics["onnx_mb"] < 0.7 * ptq_run.data.metrics["onnx_mb"]
+    assert "onnx/yolov10n-demo-w4a8-qcdq-ptq-full-int4-opt.onnx" in artifacts(small)
 
 
 def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from command import ROOT, run_pipeline, use_store
 
 CASES = {
@@ -38,6 +39,23 @@ CASES = {
     "model": (("--model", "weights/gone.pt"), 1, "model=weights/gone.pt: no such file"),
     "segmentation": (("--model", "yolov8n-seg.yaml"), 1, "a segment model"),
     "classes": (("--model", "yolov10n.yaml"), 1, "detects 80 classes"),
+    "placement": (("--placement", "some"), 2, "placement=some: unknown placement; use inputs or full"),
+    "full placement of floats": (
+        ("--placement", "full", "--mode", "w8a16"),
+        2,
+        "placement=full: w8a16 has float activations; use",
+    ),
+    "full placement of signed": (
+        ("--placement", "full", "--recipe", "naive"),
+        2,
+        "placement=full: recipe=naive has symmetric activations; use another recipe",
+    ),
+    "storage": (
+        ("--weight-storage", "int4", "--mode", "w8a8"),
+        2,
+        "weight_storage=int4: w8a8 has 8-bit weights; use w4a8 or w4a16",
+    ),
+    "gpu on the cpu": (("--require-gpu", "true", "--provider", "cpu"), 2, "require_gpu=true: provider=cpu uses none"),
 }
 
 
@@ -55,6 +73,13 @@ def test_one_clear_line(case: str, shared_store: Path) -> None:
     last = mlflow.search_runs(output_format="list", max_results=1, order_by=["attributes.start_time DESC"])[0]
     assert last.info.status == "FAILED"
     assert message in last.data.tags["failure_reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_no_gpu_where_one_is_required(shared_store: Path) -> None:
+    done = run_pipeline(shared_store, "baseline", "--model", "demo", "--data-root", "demo", "--require-gpu", "true")
+    assert done.returncode == 1
+    assert "error: require_gpu=true: CUDA cannot be used (no CUDA device); use require_gpu=false" in done.stderr
 
 
 def test_interrupted_run_ends_killed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from quantrack.evaluation.measure import prove, require_same_classes
 from quantrack.onnx.files import export_quantized_files
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import StepReport, new_job
-from quantrack.quantization.recipe import parse_recipe
+from quantrack.quantization.recipe import parse_recipe, recipe_for
 from quantrack.quantization.sensitivity import LayerTrials, plan_job
 from quantrack.runtime.session import open_session, require_cuda
 from quantrack.runtime.variants import make_variant, reference_for
@@ -30,7 +30,7 @@ from quantrack.tracking.result import comparison_key, detector_facts, log_result
 
 def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
-    scheme, recipe = parse_mode(settings.mode), parse_recipe(settings.recipe)
+    scheme, recipe = parse_mode(settings.mode), recipe_for(settings.target, parse_recipe(settings.recipe))
     device = resolve_device(settings.device)
     if settings.require_gpu:
         require_cuda()
@@ -60,6 +60,8 @@ def ptq(settings: PtqSettings) -> None:
         weight_bits_avg=quantized["weight_bits_avg"],
         placement=settings.placement,
         weight_storage=settings.weight_storage,
+        precision=settings.precision,
+        target=settings.target,
     )
     with tempfile.TemporaryDirectory() as folder:
         exported = export_quantized_files(job.model, facts, Path(folder))

@@ -20,6 +20,17 @@ def test_kinds_for_names():
     assert PtqSettings(mode="W4A8", placement="full", weight_storage="int4").kind == "w4a8-full-int4"
 
 
+@pytest.mark.parametrize("other", [{"placement": "full"}, {"weight_storage": "int4"}, {"precision": "fp16"}])
+def test_tensorrt_takes_no_other_variant(other):
+    with pytest.raises(UsageError, match="target=tensorrt: TensorRT places and stores by itself"):
+        PtqSettings(target="tensorrt", **other)
+
+
+def test_integer_kernels_do_not_compute_in_float16():
+    with pytest.raises(UsageError, match="precision=fp16: placement=full computes on integers; use inputs"):
+        PtqSettings(precision="fp16", placement="full")
+
+
 def test_an_unknown_storage_is_refused():
     with pytest.raises(UsageError, match="weight_storage=int2: unknown weight_storage; use int8 or int4"):
         PtqSettings(weight_storage="int2")

@@ -6,6 +6,7 @@ are quantized.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantrack.errors import UsageError
@@ -44,3 +45,22 @@ def parse_mode(mode: str) -> Scheme:
     if scheme is None:
         raise UsageError(f"mode={mode}: unknown mode; use one of {', '.join(SCHEMES)}")
     return scheme
+
+
+# What a quantized file may be besides its mode, and what it usually is.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "placement": ("inputs", "full"),
+    "weight_storage": ("int8", "int4"),
+    "precision": ("fp32", "fp16"),
+    "target": ("onnxruntime", "tensorrt"),
+}
+
+
+def variant_words(values: Mapping[str, str]) -> tuple[str, ...]:
+    """What sets a file apart from the usual one of its mode; values that are not given are the usual ones.
+
+    >>> variant_words({"placement": "full", "weight_storage": "int8", "precision": "fp32"})
+    ('full',)
+    """
+    chosen = (values.get(name, usual) for name, (usual, _) in VARIANTS.items())
+    return tuple(word for word, (usual, _) in zip(chosen, VARIANTS.values(), strict=True) if word != usual)

@@ -19,15 +19,13 @@ from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import parse_provider
-from quantrack.schemes import SCHEMES, Scheme, parse_mode
+from quantrack.schemes import SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
 
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 HEADS = ("one2one", "one2many")
 MEASURES = ("gradient", "output", "mAP")
 PRECISIONS = ("fp32", "fp16")
-PLACEMENTS = ("inputs", "full")
-STORAGES = ("int8", "int4")
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
@@ -55,7 +53,7 @@ class SharedSettings:
     imgsz: int = _setting(640, "Side of the square network input in pixels.")
     head: str = _setting("one2one", "one2one (NMS-free) or one2many (with NMS).")
     device: str = _setting("auto", "PyTorch device: auto, cpu or cuda.")
-    provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda or cpu.")
+    provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda, cpu or tensorrt.")
     seed: int = _setting(0, "Seed of everything random.")
     latency_runs: int = _setting(100, "Timed runs.")
     require_gpu: bool = _setting(False, "Fail unless ONNX Runtime computes everything on CUDA.")
@@ -110,12 +108,18 @@ class RecipeSettings(SharedSettings):
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
     )
     weight_storage: str = _setting("int8", "How weights of at most 4 bits are stored: int8 or int4 (half the size).")
+    precision: str = _setting("fp32", "What is computed between quantizers: fp32 or fp16 (for CUDA).")
+    target: str = _setting("onnxruntime", "onnxruntime, or tensorrt: symmetric activations, no Clip.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("placement", PLACEMENTS), ("weight_storage", STORAGES)):
+        for name, known in VARIANTS.items():
             value = getattr(self, name)
             _require(value in known, f"{name}={value}: unknown {name}; use {' or '.join(known)}")
+
+    def variant_values(self) -> dict[str, str]:
+        """The choices that make the variant of the file, by name."""
+        return {name: getattr(self, name) for name in VARIANTS}
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,7 @@ class PtqSettings(RecipeSettings):
     @property
     def kind(self) -> str:
         """Mode, placement and storage as far as they are not the usual ones, for names."""
-        variant = (self.placement, self.weight_storage)
-        return "-".join([parse_mode(self.mode).name, *(word for word in variant if word not in ("inputs", "int8"))])
+        return "-".join([parse_mode(self.mode).name, *variant_words(self.variant_values())])
 
     def _require_variant(self, scheme: Scheme) -> None:
         """Full placement needs activations that integer kernels take, INT4 storage weights that fit."""
@@ -157,6 +160,11 @@ class PtqSettings(RecipeSettings):
             _require(
                 scheme.weight_bits <= 4, f"weight_storage=int4: {scheme.name} has 8-bit weights; use w4a8 or w4a16"
             )
+        if self.target == "tensorrt":
+            usual = self.placement == "inputs" and self.weight_storage == "int8" and self.precision == "fp32"
+            _require(usual, "target=tensorrt: TensorRT places and stores by itself; leave the other variants out")
+        if self.precision == "fp16":
+            _require(self.placement == "inputs", "precision=fp16: placement=full computes on integers; use inputs")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path
-from quantrack.onnx.inspect import count_nodes, load_onnx, require_same_qdq
+from quantrack.onnx.inspect import count_nodes, has_quantizers, load_onnx, require_same_qdq
+from quantrack.onnx.opset import load_newer
 
 
 def clean_graph(source: Path, target: Path) -> None:
@@ -32,13 +33,14 @@ def clean_graph(source: Path, target: Path) -> None:
 
 
 def convert_to_float16(source: Path, target: Path) -> None:
-    """Write a float16 copy of a float32 graph; input and output stay float32.
+    """Write a float16 copy of a float32 graph, quantizers' scales too; input and output stay float32.
 
     Box decoding runs to 640 pixels, where float16 has steps of half a pixel, but it is computed per
     stride in cells below 80, where steps are 1/16 cell at most.
     """
-    model = load_onnx(source)
+    model = load_newer(source) if has_quantizers(source) else load_onnx(source)
     converted = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST)
     OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
+    del converted.graph.value_info[:]  # it still has the types of before
     with atomic_path(target) as temporary:
         onnx.save(converted, str(temporary))

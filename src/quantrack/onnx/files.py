@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from quantrack.onnx.export import export_float, export_qcdq
 from quantrack.onnx.full_placement import place_everywhere
 from quantrack.onnx.inspect import ModelFacts, check_onnx, count_nodes, node_metrics, write_facts
 from quantrack.onnx.int4 import store_as_int4
+from quantrack.onnx.tensorrt import require_tensorrt_ready
 
 BYTES_PER_MB = 1_000_000
 
@@ -53,16 +55,35 @@ def export_quantized_files(model: nn.Module, facts: ModelFacts, folder: Path) ->
 
 def place_in_full(files: ExportedFiles, facts: ModelFacts, observed: Mapping[str, ObservedRange]) -> ExportedFiles:
     """Write `<model>-<mode>-qcdq-ptq-full-opt.onnx`, quantizers at every activation, to be run instead."""
-    target = files.plain.with_name(f"{files.plain.stem}-full-opt.onnx")
+    target = _named(files, "full")
     place_everywhere(files.optimized, target, observed)
     return _run_instead(files, target, facts)
 
 
 def pack_weights(files: ExportedFiles, facts: ModelFacts) -> ExportedFiles:
     """Write the file that is run once more, `-int4-opt.onnx`, with weights of at most 4 bits as INT4."""
-    target = files.optimized.with_name(f"{files.optimized.stem.removesuffix('-opt')}-int4-opt.onnx")
+    target = _named(files, "int4")
     store_as_int4(files.optimized, target)
     return _run_instead(files, target, facts)
+
+
+def in_float16(files: ExportedFiles, facts: ModelFacts) -> ExportedFiles:
+    """Write the file that is run once more, `-fp16-opt.onnx`, computing in float16 between quantizers."""
+    target = _named(files, "fp16")
+    convert_to_float16(files.optimized, target)
+    return _run_instead(files, target, facts)
+
+
+def for_tensorrt(files: ExportedFiles, facts: ModelFacts) -> ExportedFiles:
+    """Write the file that is run once more, `-tensorrt-opt.onnx`, checked to be as TensorRT wants it."""
+    target = _named(files, "tensorrt")
+    shutil.copyfile(files.optimized, target)
+    require_tensorrt_ready(target)
+    return _run_instead(files, target, facts)
+
+
+def _named(files: ExportedFiles, word: str) -> Path:
+    return files.optimized.with_name(f"{files.optimized.stem.removesuffix('-opt')}-{word}-opt.onnx")
 
 
 def _run_instead(files: ExportedFiles, target: Path, facts: ModelFacts) -> ExportedFiles:

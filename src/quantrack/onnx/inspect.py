@@ -12,6 +12,7 @@ import onnx
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
+from quantrack.schemes import VARIANTS, variant_words
 
 QDQ_OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 COUNTED = (*QDQ_OPERATORS, "Clip", "Conv")
@@ -23,7 +24,8 @@ class ModelFacts:
     """What an exported file says of itself, so that it can be evaluated, compared and served on its own.
 
     `category_ids` are the annotation file's ids of the classes; empty in files older than the field.
-    `placement` says where the activations' quantizers are, `weight_storage` the type of 4-bit weights.
+    `placement` says where the activations' quantizers are, `weight_storage` the type of 4-bit weights,
+    `precision` the type between quantizers, `target` the runtime that it was made for.
     """
 
     model: str
@@ -37,11 +39,17 @@ class ModelFacts:
     category_ids: tuple[int, ...] = ()
     placement: str = "inputs"
     weight_storage: str = "int8"
+    precision: str = "fp32"
+    target: str = "onnxruntime"
 
     @property
     def variant(self) -> str:
         """What sets the file apart from others of its mode and recipe; empty for the usual QCDQ file."""
-        return " ".join(word for word in (self.placement, self.weight_storage) if word not in ("inputs", "int8"))
+        return " ".join(variant_words(self.variant_values()))
+
+    def variant_values(self) -> dict[str, str]:
+        """The choices that make the variant, by the name of their setting."""
+        return {name: str(getattr(self, name)) for name in VARIANTS}
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

@@ -12,14 +12,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper, version_converter
+from onnx import helper, numpy_helper
 
 from quantrack.errors import QuantrackError
 from quantrack.onnx.graph import Graph, write_graph
-from quantrack.onnx.inspect import load_onnx
+from quantrack.onnx.opset import load_newer
 
-OPSET = 21
-IR_VERSION = 10  # the first that has INT4
 LOWEST, HIGHEST = -8, 7
 
 
@@ -33,14 +31,7 @@ def store_as_int4(source: Path, target: Path) -> int:
     Raises:
         QuantrackError: no weight is within 4 bits.
     """
-    try:
-        converted = version_converter.convert_version(load_onnx(source), OPSET)
-    except Exception as error:  # the converter raises whatever its adapters meet
-        raise QuantrackError(
-            f"{source}: cannot be turned into opset {OPSET} ({' '.join(str(error).split())})"
-        ) from error
-    converted.ir_version = max(converted.ir_version, IR_VERSION)
-    graph = Graph(converted)
+    graph = Graph(load_newer(source))
     packed = [node for node in graph.nodes if fits_int4(graph, node)]
     if not packed:
         raise QuantrackError(f"{source}: no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -100,6 +100,14 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"recipe={path}: must hold just `steps:` and below it a list of steps")
     return Recipe(path.stem, tuple(_step(item, path) for item in listed))
+
+
+def recipe_for(target: str, recipe: Recipe) -> Recipe:
+    """The recipe as a runtime can use it: TensorRT takes only activations with zero point 0."""
+    if target != "tensorrt":
+        return recipe
+    steps = (replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in recipe.steps)
+    return Recipe(recipe.name, tuple(steps))
 
 
 def step_name(step: Step) -> str:

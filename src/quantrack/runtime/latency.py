@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantrack.errors import UsageError
 from quantrack.progress import track
-from quantrack.runtime.session import CUDA, Session
+from quantrack.runtime.session import CPU, Session
 
 BLOCK = 10  # runs of one session before the next one's turn
 SETTLING = 3  # runs at the start of a turn that still feel the other session
@@ -129,7 +129,7 @@ def _time(session: Session, binding: ort.IOBinding, runs: int) -> Milliseconds:
 
 def _bind(session: Session) -> ort.IOBinding:
     """Input and output live on the device, so that host copies are not timed."""
-    device = "cuda" if session.provider == CUDA else "cpu"
+    device = "cpu" if session.provider == CPU else "cuda"
     images = np.full((1, 3, session.imgsz, session.imgsz), 114 / 255, np.float32)
     binding = session.inference.io_binding()
     binding.bind_ortvalue_input(

@@ -16,9 +16,13 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers
 from quantrack.progress import say
 
-CUDA, CPU = "cuda", "cpu"
-PROVIDERS = ("auto", CUDA, CPU)
-FULL_NAMES = {CUDA: "CUDAExecutionProvider", CPU: "CPUExecutionProvider"}
+CUDA, CPU, TENSORRT = "cuda", "cpu", "tensorrt"
+PROVIDERS = ("auto", CUDA, CPU, TENSORRT)
+FULL_NAMES = {
+    CUDA: "CUDAExecutionProvider",
+    CPU: "CPUExecutionProvider",
+    TENSORRT: "TensorrtExecutionProvider",
+}
 OPTIMIZATION = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -95,7 +99,7 @@ def parse_provider(provider: str) -> str:
     """Check a provider setting.
 
     Raises:
-        UsageError: it is not auto, cuda or cpu.
+        UsageError: it is not auto, cuda, cpu or tensorrt.
     """
     if provider not in PROVIDERS:
         raise UsageError(f"provider={provider}: unknown provider; use one of {', '.join(PROVIDERS)}")
@@ -103,18 +107,19 @@ def parse_provider(provider: str) -> str:
 
 
 def resolve_provider(provider: str) -> str:
-    """`cuda` or `cpu`: `auto` takes CUDA if it is there, else the CPU, and says so.
+    """`cuda`, `cpu` or `tensorrt`: `auto` takes CUDA if it is there, else the CPU, and says so.
 
     Raises:
-        QuantrackError: `cuda` was asked for and is not there.
+        QuantrackError: `cuda` or `tensorrt` was asked for and is not there.
     """
     if parse_provider(provider) == CPU:
         return CPU
     why_not = cuda_problem()
     if why_not is None:
-        return CUDA
-    if provider == CUDA:
-        raise QuantrackError(f"provider=cuda: CUDA cannot be used ({why_not}); use provider=cpu or auto")
+        return TENSORRT if provider == TENSORRT else CUDA
+    if provider != "auto":
+        name = {CUDA: "CUDA", TENSORRT: "TensorRT"}[provider]
+        raise QuantrackError(f"provider={provider}: {name} cannot be used ({why_not}); use provider=cpu or auto")
     _say_once(f"ONNX Runtime runs on the CPU: {why_not}")
     return CPU
 
@@ -158,9 +163,9 @@ def open_session(path: Path, provider: str, settings: SessionSettings | None = N
     session = _session(path, resolved, chosen)
     if FULL_NAMES[resolved] in session.get_providers():
         return Session(path, session, resolved, chosen)
-    why = "the CUDA provider did not load; its libraries do not match the driver"
-    if provider == CUDA:
-        raise QuantrackError(f"provider=cuda: CUDA cannot be used ({why}); use provider=cpu or auto")
+    why = f"the {resolved} provider did not load; its libraries are missing or do not match the driver"
+    if provider != "auto":
+        raise QuantrackError(f"provider={provider}: it cannot be used ({why}); use provider=cpu or auto")
     _say_once(f"ONNX Runtime runs on the CPU: {why}")
     return Session(path, _session(path, CPU, chosen), CPU, chosen)
 
@@ -195,7 +200,8 @@ def _session(path: Path, provider: str, settings: SessionSettings, profile: Path
 
 
 def _providers(provider: str, settings: SessionSettings) -> list[str | tuple[str, dict[str, str]]]:
-    if provider != CUDA:
+    if provider == CPU:
         return [FULL_NAMES[CPU]]
     options = {"use_tf32": str(int(settings.tf32)), "enable_cuda_graph": str(int(settings.cuda_graph))}
-    return [(FULL_NAMES[CUDA], options), FULL_NAMES[CPU]]
+    first: list[str | tuple[str, dict[str, str]]] = [FULL_NAMES[TENSORRT]] if provider == TENSORRT else []
+    return [*first, (FULL_NAMES[CUDA], options), FULL_NAMES[CPU]]

@@ -7,19 +7,20 @@ from itertools import islice
 from torch import nn
 
 from quantrack.datasets.calibration import CalibrationSet
-from quantrack.onnx.files import ExportedFiles, pack_weights, place_in_full
+from quantrack.onnx.files import ExportedFiles, for_tensorrt, in_float16, pack_weights, place_in_full
 from quantrack.onnx.full_placement import observable_tensors
 from quantrack.onnx.inspect import ModelFacts
+from quantrack.progress import say
 from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import Network, require_same_outputs, torch_network
-from quantrack.runtime.session import REFERENCE, open_session
+from quantrack.runtime.session import CPU, REFERENCE, open_session, resolve_provider
 
-FULL, INT4 = "full", "int4"
+FULL, INT4, FLOAT16, TENSORRT_READY = "full", "int4", "fp16", "tensorrt"
 COMPARED_PICTURES = 2
 
 
 def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: CalibrationSet, provider: str) -> ExportedFiles:
-    """The files that `facts.placement` and `facts.weight_storage` ask for.
+    """The files that the facts' placement, precision, target and weight storage ask for.
 
     Raises:
         QuantrackError: the file cannot be made so, or packed weights change an output.
@@ -28,6 +29,12 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
         tensors, count = observable_tensors(files.optimized), len(calibration.paths)
         pictures = calibration.batches(facts.imgsz, 1)
         files = place_in_full(files, facts, observe_tensors(files.optimized, tensors, pictures, count, provider))
+    if facts.precision == FLOAT16:
+        files = in_float16(files, facts)
+        if resolve_provider(provider) == CPU:
+            say("precision=fp16: ONNX Runtime's CPU provider computes it in float32, slower than the fp32 file")
+    if facts.target == TENSORRT_READY:
+        files = for_tensorrt(files, facts)
     if facts.weight_storage == INT4:
         unpacked, files = files, pack_weights(files, facts)
         before, after = open_session(unpacked.optimized, provider), open_session(files.optimized, provider)

@@ -19,6 +19,7 @@ from quantrack.comparison.runs import CIRCUMSTANCES, COMPARED, Circumstances, Cl
 from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
+from quantrack.schemes import SCHEMES, variant_words
 from quantrack.tracking.environment import git_commit
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
 
@@ -62,9 +63,8 @@ def _compared(run: Run) -> ComparedRun:
 
 
 def _variant(tags: Mapping[str, str]) -> str:
-    """What sets the run's file apart from the usual QCDQ file; older runs do not say, and have that."""
-    told = (tags.get("placement", "inputs"), tags.get("weight_storage", "int8"))
-    return " ".join(word for word in told if word not in ("inputs", "int8"))
+    """What sets a quantized run's file apart from the usual one; runs older than these tags have that."""
+    return " ".join(variant_words(tags)) if tags["mode"] in SCHEMES else ""
 
 
 def _classes(run_id: str) -> tuple[ClassScore, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quantrack.runtime.session import CUDA
+from quantrack.runtime.session import CPU
 
 PACKAGES = (
     "quantrack", "brevitas", "mlflow", "numpy", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim",
@@ -31,7 +31,7 @@ def installed_versions() -> dict[str, str]:
 
 def device_name(provider: str) -> str:
     """The processor behind an ONNX Runtime provider."""
-    return torch.cuda.get_device_name(0) if provider == CUDA else cpu_name()
+    return cpu_name() if provider == CPU else torch.cuda.get_device_name(0)
 
 
 def cpu_name() -> str:

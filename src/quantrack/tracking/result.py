@@ -112,7 +112,7 @@ def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str
     key = comparison_key(facts, evaluation_set, provider)
     mlflow.set_tags(key.tags() | {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model})
     if facts.mode in SCHEMES:
-        mlflow.set_tags({"placement": facts.placement, "weight_storage": facts.weight_storage})
+        mlflow.set_tags(facts.variant_values())
 
 
 def title(facts: ModelFacts) -> str:

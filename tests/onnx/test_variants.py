@@ -1,0 +1,55 @@
+"""Float16 between quantizers, and files for TensorRT."""
+
+import numpy as np
+import onnx
+import pytest
+
+from quantrack.datasets.pictures import network_input
+from quantrack.errors import QuantrackError
+from quantrack.onnx.files import for_tensorrt, in_float16
+from quantrack.onnx.tensorrt import require_tensorrt_ready
+from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.recipe import parse_recipe, recipe_for
+from quantrack.runtime.parity import measure_parity
+from quantrack.runtime.session import open_session
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w8a8"])
+def test_float16_between_quantizers(small, mode):
+    files = small.files(mode)
+    half = in_float16(files, small.facts(mode, "one2one"))
+    assert half.optimized.name == f"small-{mode}-qcdq-ptq-fp16-opt.onnx"
+    model = onnx.load(half.optimized)
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    types = {item.data_type for item in model.graph.initializer if item.name in scales}
+    assert types == {onnx.TensorProto.FLOAT16}
+    assert half.optimized_nodes["DequantizeLinear"] == files.optimized_nodes["DequantizeLinear"]
+    images = [network_input(path, small.SIZE) for path in small.calibration.paths]
+    session = open_session(half.optimized, "cpu")
+    assert session.run(images[0][None]).dtype == np.float32
+    parity = measure_parity(open_session(files.optimized, "cpu").run, session, images, "one2one")
+    assert parity.mean_abs is not None
+    assert 0 < parity.mean_abs < 0.02
+
+
+def test_symmetric_activations_are_ready_for_tensorrt(small):
+    files = small.files("w8a8", recipe="naive")
+    ready = for_tensorrt(files, small.facts("w8a8", "one2one"))
+    assert ready.optimized.name == "small-w8a8-qcdq-ptq-tensorrt-opt.onnx"
+    assert ready.optimized_nodes["QuantizeLinear"] == files.optimized_nodes["QuantizeLinear"]
+
+
+def test_zero_points_and_clips_are_refused(small):
+    with pytest.raises(QuantrackError, match="its zero point is not a signed 0; TensorRT would refuse it"):
+        require_tensorrt_ready(small.files("w8a8").optimized)
+    with pytest.raises(QuantrackError, match="a Clip between Q and DQ; TensorRT would refuse it"):
+        require_tensorrt_ready(small.files("w4a16").plain)
+
+
+@pytest.mark.parametrize("name", ["fast", "default", "best"])
+def test_recipes_for_tensorrt_are_symmetric(name):
+    recipe = parse_recipe(name)
+    assert recipe_for("onnxruntime", recipe) is recipe
+    steps = recipe_for("tensorrt", recipe).steps
+    assert steps[0] == InsertQuantizers(activation="symmetric")
+    assert steps[1:] == recipe.steps[1:]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from quantrack.detector.heads import RawOutputs, raw_outputs
 from quantrack.quantization.divergence import BOX_SIDES, bins_of
 
+PARAMETERS_TIMES_PICTURES = 32_000_000  # YOLOv10m: 2 pictures, about 2 GB; YOLOv10n: more than a batch
+
 
 @dataclass(frozen=True)
 class OutputImportance:
@@ -38,6 +40,28 @@ def output_importance(
     A picture's gradients are divided by their norm: a few pictures have gradients a hundred times those
     of others, from a single output whose linear approximation goes much too far.
     """
+    parts = [
+        _importance_at_once(model, names, part, generator)
+        for part in torch.split(pictures, pictures_of_a_backward_pass(model))
+    ]
+    return {
+        name: OutputImportance(
+            torch.cat([part[name].positions for part in parts]),
+            torch.stack([part[name].covariance for part in parts]).sum(dim=0),
+        )
+        for name in parts[0]
+    }
+
+
+def pictures_of_a_backward_pass(model: nn.Module) -> int:
+    """How many pictures a backward pass takes at once; what it keeps of each grows with the network."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return max(1, PARAMETERS_TIMES_PICTURES // max(1, parameters))
+
+
+def _importance_at_once(
+    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator
+) -> dict[str, OutputImportance]:
     found: dict[str, OutputImportance] = {}
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -1,0 +1,110 @@
+"""Measure how fast and how large each variant is, timed in turns with float32: the table of docs/runtime.md.
+
+    python benchmarks/runtime_table.py MODEL DATA_ROOT --name yolov10n-cpu
+
+Runs the entry points below in the experiment `runtime-NAME` and writes `benchmarks/results/runtime-NAME.json` and
+`.md` with date, hardware and versions. Measure on an idle machine: a run notes how busy others kept it. On CUDA
+give `--provider cuda` and another name; `--eval-images 8` is enough for an architecture with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import mlflow
+import typer
+from mlflow.entities import Run
+
+from quantrack.schemes import variant_words
+from quantrack.tracking.environment import cpu_name, device_name, installed_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("baseline", {"precision": "fp32"}),
+    ("baseline", {"precision": "fp16"}),
+    ("ptq", {"mode": "w8a8"}),
+    ("ptq", {"mode": "w8a8", "placement": "full"}),
+    ("ptq", {"mode": "w4a8"}),
+    ("ptq", {"mode": "w4a8", "placement": "full"}),
+    ("ptq", {"mode": "w4a8", "weight_storage": "int4"}),
+    ("ptq", {"mode": "w4a8", "placement": "full", "weight_storage": "int4"}),
+    ("ptq", {"mode": "w4a16", "weight_storage": "int4"}),
+    ("ptq", {"mode": "w4a16", "weight_storage": "int4", "precision": "fp16"}),
+)
+COLUMNS = (
+    ("mAP50-95", "mAP50-95", "{:.4f}"),
+    ("drop, points", "mAP50-95_drop", "{:.2f}"),
+    ("latency p50, ms", "latency_ms_p50", "{:.1f}"),
+    ("x float32", "latency_ratio", "{:.3f}"),
+    ("from", "latency_ratio_ci_low", "{:.3f}"),
+    ("to", "latency_ratio_ci_high", "{:.3f}"),
+    ("file, MB", "onnx_mb", "{:.2f}"),
+    ("x float32 file", "file_ratio", "{:.3f}"),
+    ("integer kernels", "nodes_int8_compute", "{:.0f}"),
+    ("parity", "parity_mean_abs", "{:.4f}"),
+    ("peak memory, MB", "peak_rss_mb", "{:.0f}"),
+    ("others' cores", "busy_cores_of_others", "{:.2f}"),
+)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint, as for the entry points.")],
+    data_root: Annotated[str, typer.Argument(help="Data root, as for the entry points.")],
+    name: Annotated[str, typer.Option(help="Name of the result files.")],
+    provider: Annotated[str, typer.Option(help="ONNX Runtime provider.")] = "auto",
+    eval_images: Annotated[int, typer.Option(help="Evaluation pictures.")] = 100,
+    recipe: Annotated[str, typer.Option(help="Recipe of the quantized runs.")] = "default",
+) -> None:
+    """Measure all variants and write the table; what is finished stays, should a later run fail."""
+    shared = {"model": model, "data_root": data_root, "provider": provider, "eval_images": str(eval_images)}
+    rows: list[dict[str, object]] = []
+    for entry_point, parameters in CASES:
+        own = parameters | ({"recipe": recipe} if entry_point == "ptq" else {})
+        submitted = mlflow.projects.run(
+            str(ROOT), entry_point, parameters=shared | own, env_manager="local", experiment_name=f"runtime-{name}"
+        )
+        run = mlflow.get_run(submitted.run_id)
+        float_mb = float(rows[0]["metrics"]["onnx_mb"]) if rows else run.data.metrics["onnx_mb"]  # type: ignore[index]
+        rows.append(row(run, float_mb))
+        text = write(name, run, rows)
+    print(text)
+
+
+def row(run: Run, float_mb: float) -> dict[str, object]:
+    """What the record keeps of a run."""
+    tags, metrics = run.data.tags, run.data.metrics
+    label = " ".join([tags["mode"].upper(), *(variant_words(tags) if "placement" in tags else ())])
+    return {
+        "name": label,
+        "date": datetime.now(UTC).date().isoformat(),
+        "session": tags["session_settings"],
+        "metrics": metrics | {"file_ratio": metrics["onnx_mb"] / float_mb},
+    }
+
+
+def write(name: str, run: Run, rows: list[dict[str, object]]) -> str:
+    """Write the record and the table; returns the table."""
+    provider = run.data.tags["provider"]
+    context = {
+        "hardware": device_name(provider), "cpu": cpu_name(), "provider": provider, "versions": installed_versions(),
+        "evaluation_digest": run.data.tags["evaluation_digest"],
+    }  # fmt: skip
+    base = ROOT / f"benchmarks/results/runtime-{name}"
+    base.with_suffix(".json").write_text(json.dumps(context | {"runs": rows}, indent=2) + "\n")
+    lines = ["| run | session | " + " | ".join(title for title, _, _ in COLUMNS) + " |"]
+    lines += ["| --- | --- |" + " ---: |" * len(COLUMNS)]
+    for one in rows:
+        metrics: dict[str, float] = one["metrics"]  # type: ignore[assignment]
+        cells = [form.format(metrics[key]) if key in metrics else "-" for _, key, form in COLUMNS]
+        lines.append("| " + " | ".join([str(one["name"]), str(one["session"]), *cells]) + " |")
+    lines += ["", f"{rows[-1]['date']}, {context['hardware']}, ONNX Runtime {provider}."]
+    text = "\n".join(lines) + "\n"
+    base.with_suffix(".md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -11,7 +11,7 @@ from quantrack.runtime.latency import measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
 from quantrack.runtime.parity import match_rows, measure_parity, torch_network
 from quantrack.runtime.placement import measure_placement
-from quantrack.runtime.session import Session, SessionSettings, open_session
+from quantrack.runtime.session import Session, SessionSettings, _say_once, open_session
 from quantrack.runtime.tune import candidates, tune
 
 
@@ -34,6 +34,7 @@ def test_session_says_what_it_is(session: Session) -> None:
 def test_auto_without_cuda_says_so(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
+    _say_once.cache_clear()  # a test before may have heard it
     assert open_session(session.path, "auto").provider == "cpu"
     assert "runs on the CPU: no CUDA device" in capsys.readouterr().err
 

@@ -32,8 +32,8 @@ class Grid:
     def over(cls, low: float, high: float) -> Grid:
         """The grid that reaches from `low` to `high` and holds zero.
 
-        >>> Grid.over(-1.0, 4.1)
-        Grid(scale=0.02, zero_point=50)
+        >>> Grid.over(-51.0, 204.0)
+        Grid(scale=1.0, zero_point=51)
         """
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / LEVELS, 1e-8)

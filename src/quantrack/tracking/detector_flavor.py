@@ -23,7 +23,7 @@ LOADER = "quantrack.tracking.served_model"
 PACKAGE = Path(__file__).resolve().parents[1]
 # What the loader imports, and nothing else: neither Brevitas nor Ultralytics is needed to serve.
 SERVED_CODE = (
-    "__init__.py", "errors.py", "files.py", "progress.py",
+    "__init__.py", "errors.py", "files.py", "progress.py", "schemes.py",
     "datasets/__init__.py", "datasets/picture_size.py", "datasets/pictures.py",
     "evaluation/__init__.py", "evaluation/decode.py", "evaluation/picture_detector.py", "evaluation/types.py",
     "onnx/__init__.py", "onnx/inspect.py",

@@ -35,7 +35,8 @@ def run_digest(
     Files count by their content, wherever they lie; so do the code of Quantrack, the versions of the
     libraries, the processor and the provider.
     """
-    texts = {name: text for name, text in setting_texts(settings).items() if name not in BY_CONTENT}
+    no_use = () if calibration else ("calib_images",)  # a float detector is calibrated on nothing
+    texts = {name: text for name, text in setting_texts(settings).items() if name not in (*BY_CONTENT, *no_use)}
     provider = resolve_provider(settings.provider)
     parts = [type(settings).__name__, repr(sorted(texts.items())), detector.digest, evaluation_set.digest]
     parts += [calibration.digest if calibration else "", provider, device_name(provider)]

@@ -23,7 +23,7 @@ SETTINGS: dict[str, type[SharedSettings]] = {"baseline": BaselineSettings, "ptq"
 DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest")
 CONTEXT = ("git_commit", "device_name", "provider")
 # What depends on the clock, on the machine's load or on what an earlier run has left behind.
-TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|nodes_on_")
+TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|busy_cores|nodes_on_")
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import replace
-from pathlib import Path
-
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
-from quantrack.evaluation.measure import prove, require_same_classes
-from quantrack.onnx.files import export_quantized_files
+from quantrack.evaluation.measure import require_same_classes
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import StepReport, new_job
 from quantrack.quantization.recipe import parse_recipe, recipe_for
 from quantrack.quantization.sensitivity import LayerTrials, plan_job
-from quantrack.runtime.session import open_session, require_cuda
-from quantrack.runtime.variants import make_variant, reference_for
+from quantrack.runtime.session import require_cuda
 from quantrack.schemes import parse_mode
-from quantrack.settings import PtqSettings, parse_plan_bits, shared_texts
-from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
-from quantrack.tracking.log import log_inputs, log_quantization, log_recipe, log_samples, log_settings, log_step
+from quantrack.settings import PtqSettings, parse_plan_bits
+from quantrack.tracking.log import log_inputs, log_recipe, log_settings, log_step
 from quantrack.tracking.models import fetch_plan
+from quantrack.tracking.quantized import prove_and_log
 from quantrack.tracking.record import log_run_digest
-from quantrack.tracking.result import comparison_key, detector_facts, log_result
 
 
 def ptq(settings: PtqSettings) -> None:
@@ -53,32 +46,7 @@ def ptq(settings: PtqSettings) -> None:
         log_step(0, reports[0])
     log_recipe(recipe)
     reports += apply_recipe(job, recipe.steps, log_step)
-    quantized = log_quantization(job, reports)
-
-    facts = replace(
-        detector_facts(detector, evaluation_set, settings.imgsz, scheme.name, recipe.name),
-        weight_bits_avg=quantized["weight_bits_avg"],
-        placement=settings.placement,
-        weight_storage=settings.weight_storage,
-        precision=settings.precision,
-        target=settings.target,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        exported = export_quantized_files(job.model, facts, Path(folder))
-        files = make_variant(exported, facts, calibration, settings.provider)
-        session = open_session(files.optimized, settings.provider)
-        key = comparison_key(facts, evaluation_set, session.provider)
-        float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
-        baseline = find_or_measure_baseline(
-            detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
-        )
-        reference = reference_for(files, facts, job.model, settings.provider)
-        beside = baseline.open(settings.provider, Path(folder) / "float32")
-        proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
-        log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
-    log_samples(evaluation_set, baseline.detections, proof.detections)
-    if settings.require_gpu:
-        proof.speed.placement.require_gpu()
+    prove_and_log(job, detector, evaluation_set, settings, reports, recipe.name, "ptq")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
@@ -18,6 +19,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     yield from rich_track(
         items, description, total=total, console=_console, transient=True, disable=not _console.is_terminal
     )
+
+
+def new_bar() -> Progress:
+    """A progress bar to be moved by hand; quiet where standard error is not a terminal."""
+    return Progress(console=_console, transient=True, disable=not _console.is_terminal)
 
 
 def console() -> Console:

@@ -144,9 +144,14 @@ class PtqSettings(RecipeSettings):
         self._require_variant(scheme)
 
     @property
+    def scheme_name(self) -> str:
+        """The mode as runs are tagged with it."""
+        return parse_mode(self.mode).name
+
+    @property
     def kind(self) -> str:
         """Mode, placement and storage as far as they are not the usual ones, for names."""
-        return "-".join([parse_mode(self.mode).name, *variant_words(self.variant_values())])
+        return "-".join([self.scheme_name, *variant_words(self.variant_values())])
 
     def _require_variant(self, scheme: Scheme) -> None:
         """Full placement needs activations that integer kernels take, INT4 storage weights that fit."""
@@ -165,6 +170,55 @@ class PtqSettings(RecipeSettings):
             _require(usual, "target=tensorrt: TensorRT places and stores by itself; leave the other variants out")
         if self.precision == "fp16":
             _require(self.placement == "inputs", "precision=fp16: placement=full computes on integers; use inputs")
+
+
+@dataclass(frozen=True)
+class QatSettings(PtqSettings):
+    """Quantization-aware training, from a PTQ run's plan, scales and weights."""
+
+    from_run: str = _setting("", "The PTQ run to start from; empty = one of the same settings, found or made.")
+    epochs: int = _setting(10, "Epochs to train.")
+    batch: int = _setting(16, "Pictures in a step; on several GPUs, over all of them.")
+    lr0: float = _setting(0.001, "Adam's first rate for weights, in steps of a 4-bit grid.")
+    lr0_scales: float = _setting(0.0003, "Adam's first rate for the scales, relative.")
+    distill_weight: float = _setting(3.0, "Weight of the distance to the float detector; 0 = labels only.")
+    train_images: int = _setting(0, "Labelled pictures of train2017, drawn by the seed; 0 = all that are here.")
+    patience: int = _setting(5, "Epochs without a better one that end the training; 0 = any number.")
+    amp: bool = _setting(False, "Train in bfloat16.")
+    resume: str = _setting("", "Id of an interrupted qat run to go on with; it keeps its own settings.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value}: must be at least 1")
+        for name in ("train_images", "patience", "distill_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}: must not be negative")
+        for name in ("lr0", "lr0_scales"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")
+        own = bool(self.plan or self.avg_bits)
+        _require(
+            not (self.from_run and own), f"from_run={self.from_run}: it has its own bits; leave plan, avg_bits out"
+        )
+
+    @property
+    def ptq(self) -> PtqSettings:
+        """The settings of the PTQ run to start from."""
+        return PtqSettings(**{item.name: getattr(self, item.name) for item in fields(PtqSettings)})
+
+    def require_only_resume(self, recorded: Mapping[str, str]) -> None:
+        """Refuse settings that are neither usual nor those of the run to go on with, given as texts.
+
+        Raises:
+            UsageError: one is.
+        """
+        usual = default_texts(QatSettings)
+        for name, text in setting_texts(self).items():
+            if name != "resume" and text not in (usual[name], recorded.get(name)):
+                was = recorded.get(name, "not set")
+                raise UsageError(f"{name}={text}: run {self.resume} goes on with its own ({was}); leave it out")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mlflow.entities import Run
 
 pytestmark = pytest.mark.real
 # The whole list takes three times as long and is measured by benchmarks/accuracy_table.py.
-CALIBRATION = "32"
+CALIBRATION = "24"
 
 
 @pytest.fixture(scope="module")

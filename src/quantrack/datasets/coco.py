@@ -50,7 +50,7 @@ class TrueBox:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A fixed set of pictures with ground truth.
+    """A fixed set of pictures of one split with ground truth.
 
     `digest` covers the ids, every picture's bytes and the annotation file: two runs are comparable
     only when it is equal. `categories` are in sorted id order: index i is the detector's class i.
@@ -62,10 +62,11 @@ class EvaluationSet:
     categories: tuple[Category, ...]
     boxes: tuple[TrueBox, ...]
     digest: str
+    split: str = "val"
 
     @property
     def name(self) -> str:
-        return f"coco-val{len(self.pictures)}"
+        return f"coco-{self.split}{len(self.pictures)}"
 
 
 def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
@@ -84,9 +85,15 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
             f"ask for at most {len(entries)}, or 0 for all"
         )
     chosen = entries[: eval_images or len(entries)]
-    pictures = tuple(_picture(entry, data_root / "val2017", annotation_file) for entry in chosen)
+    pictures = tuple(picture_of(entry, data_root / "val2017", annotation_file) for entry in chosen)
+    return annotated_set(data_root, annotation_file, content, pictures, "val")
+
+
+def annotated_set(
+    data_root: Path, annotation_file: Path, content: dict[str, Any], pictures: tuple[Picture, ...], split: str
+) -> EvaluationSet:
+    """Some pictures of a parsed annotation file, with their boxes."""
     kept = {picture.id for picture in pictures}
-    boxes = tuple(_true_boxes(content["annotations"], kept, annotation_file))
     categories = sorted(content["categories"], key=lambda row: int(row["id"]))
     parts = [file_digest(annotation_file)]
     parts += [f"{picture.id} {file_digest(picture.path)}" for picture in pictures]
@@ -95,8 +102,9 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
         annotation_file=annotation_file,
         pictures=pictures,
         categories=tuple(Category(int(row["id"]), str(row["name"])) for row in categories),
-        boxes=boxes,
+        boxes=tuple(_true_boxes(content["annotations"], kept, annotation_file)),
         digest=combined_digest(parts),
+        split=split,
     )
 
 
@@ -129,7 +137,12 @@ def _is_list(content: object, key: str) -> bool:
     return isinstance(content, dict) and isinstance(content.get(key), list)
 
 
-def _picture(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Picture:
+def picture_of(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Picture:
+    """The picture of one entry of an annotation file.
+
+    Raises:
+        QuantrackError: the entry is incomplete, or the picture is missing.
+    """
     try:
         picture = Picture(int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"]))
     except (KeyError, TypeError, ValueError) as error:

@@ -57,6 +57,15 @@ class RawOutputs:
     features: tuple[Tensor, ...]
 
 
+def raw_outputs_in_training(outputs: Mapping[str, Any]) -> RawOutputs:
+    """The raw outputs in what a model gives in training mode, where levels lie one after the other.
+
+    Of two heads, those of the one-to-one head.
+    """
+    chosen = outputs.get("one2one", outputs)
+    return RawOutputs((chosen["boxes"][..., None],), (chosen["scores"][..., None],), tuple(chosen["feats"]))
+
+
 class RawOutputTap:
     """Catches a model's raw outputs as it runs; `taken` gives the last batch's."""
 

@@ -55,6 +55,34 @@ def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoin
         raise UsageError(f"head={head}: unknown head; use {ONE2ONE} or {ONE2MANY}")
     if imgsz <= 0:
         raise UsageError(f"imgsz={imgsz}: must be positive, a multiple of the model's stride (32 for most)")
+    model, digest, source = _read(source, seed, trust_checkpoint)
+    _choose_head(model, head, source)
+    stride = _require_stride(model, imgsz, source)
+    _fold(model, source)
+    names = _class_names(model, source)
+    _try_once(model, head, imgsz, len(names), source)
+    return Detector(model, Path(source).stem, head, names, digest, stride)
+
+
+def load_auxiliary_head(source: str, seed: int, trust_checkpoint: bool) -> tuple[nn.Module, nn.Module] | None:
+    """The one-to-many head that `load_detector` leaves out where the one-to-one head is chosen.
+
+    Training wants both, as the one-to-many head tells the network of more boxes.
+
+    Returns:
+        Its box and class branches, BatchNorm folded; None where the detector has no two heads.
+    """
+    model, _, source = _read(source, seed, trust_checkpoint)
+    last = _head(model)
+    if getattr(last, "one2one_cv2", None) is None or last.cv2 is None:
+        return None
+    _choose_head(model, ONE2MANY, source)
+    _fold(model, source)
+    return last.cv2, last.cv3
+
+
+def _read(source: str, seed: int, trust_checkpoint: bool) -> tuple[nn.Module, str, str]:
+    """The detector as it was trained, its digest, and its path or architecture."""
     if source.endswith((".yaml", ".yml")):
         model, digest = _build(source, seed)
     else:
@@ -63,12 +91,7 @@ def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoin
         digest = file_digest(path)
         source = str(path)
     _require_detection(model, source)
-    _choose_head(model, head, source)
-    stride = _require_stride(model, imgsz, source)
-    _fold(model, source)
-    names = _class_names(model, source)
-    _try_once(model, head, imgsz, len(names), source)
-    return Detector(model, Path(source).stem, head, names, digest, stride)
+    return model, digest, source
 
 
 def _try_once(model: nn.Module, head: str, imgsz: int, classes: int, source: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,6 +35,24 @@ def precision_recall_figure(result: CocoResult, title: str) -> Figure:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def training_figure(history: Mapping[str, Sequence[tuple[int, float]]], score: str) -> Figure:
+    """Curves over epochs: every loss on the left axis, the validation score of that name on the right one."""
+    figure, axes = new_figure(7.2, 4.4)
+    losses = {name: points for name, points in history.items() if name != score and points}
+    for (name, points), colour in zip(losses.items(), itertools.cycle((DARK, "#5c9bc8", LIGHT, GREY)), strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker="o", markersize=3, label=name)
+    axes.set(xlabel="epoch", ylabel="loss per picture")
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    right = axes.twinx()
+    right.plot(*zip(*history[score], strict=True), color=ACCENT, linewidth=2.4, marker="o", markersize=4, label=score)
+    right.set_ylabel(score, color=ACCENT)
+    right.spines[["top"]].set_visible(False)
+    handles = [line for each in (axes, right) for line in each.get_lines()]
+    axes.legend(handles=handles, frameon=False, loc="upper right")
     return figure
 
 

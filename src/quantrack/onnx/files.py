@@ -49,12 +49,12 @@ def megabytes(path: Path) -> float:
 
 
 def export_quantized_files(model: nn.Module, facts: ModelFacts, folder: Path) -> ExportedFiles:
-    """Write `<model>-<mode>-qcdq-ptq.onnx` and its cleaned `-opt` twin."""
-    return _export(model, export_qcdq, facts, folder / f"{facts.model}-{facts.mode}-qcdq-ptq.onnx")
+    """Write `<model>-<mode>-qcdq-<method>.onnx` and its cleaned `-opt` twin."""
+    return _export(model, export_qcdq, facts, folder / f"{facts.model}-{facts.mode}-qcdq-{facts.method}.onnx")
 
 
 def place_in_full(files: ExportedFiles, facts: ModelFacts, observed: Mapping[str, ObservedRange]) -> ExportedFiles:
-    """Write `<model>-<mode>-qcdq-ptq-full-opt.onnx`, quantizers at every activation, to be run instead."""
+    """Write `<model>-<mode>-qcdq-<method>-full-opt.onnx`, quantizers at every activation, to be run instead."""
     target = _named(files, "full")
     place_everywhere(files.optimized, target, observed)
     return _run_instead(files, target, facts)

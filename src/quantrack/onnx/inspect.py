@@ -25,7 +25,8 @@ class ModelFacts:
 
     `category_ids` are the annotation file's ids of the classes; empty in files older than the field.
     `placement` says where the activations' quantizers are, `weight_storage` the type of 4-bit weights,
-    `precision` the type between quantizers, `target` the runtime that it was made for.
+    `precision` the type between quantizers, `target` the runtime that it was made for, `method` whether the
+    quantized model was trained (qat) or not (ptq).
     """
 
     model: str
@@ -41,6 +42,7 @@ class ModelFacts:
     weight_storage: str = "int8"
     precision: str = "fp32"
     target: str = "onnxruntime"
+    method: str = "ptq"
 
     @property
     def variant(self) -> str:

@@ -23,8 +23,7 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import weight_limit
-from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
+from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
 
 PAD = 114 / 255  # the letterbox's grey
 CHECKS = 10
@@ -63,15 +62,16 @@ class Distillation:
             )
         training, held_back = split(len(job.calibration.paths), job.seed)
         twin = trainable_twin(job.model, job.float_model)
-        optimizer = torch.optim.Adam(self.parameter_groups(twin), betas=(0.9, 0.99))
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates = Rates(self.learning_rate, self.scale_rate, self.bias_rate)
+        optimizer = torch.optim.Adam(parameter_groups(twin, rates), betas=(0.9, 0.99))
+        full = [group["lr"] for group in optimizer.param_groups]
         draw = random.Random(job.seed)
         with raw_outputs(twin) as own, raw_outputs(job.float_model) as other:
             pair = _Pair(twin, own, job.float_model, other, self.feature_weight)
             start = least = self.held_back_loss(job, pair, held_back)
             best, best_step = _state(twin), 0
             for step in track(range(1, self.steps + 1), "distillation", total=self.steps):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, full, strict=True):
                     group["lr"] = rate * schedule(step, self.steps)
                 self.train_once(job, pair, optimizer, draw.choices(training, k=self.batch), draw)
                 if step % max(1, self.steps // CHECKS) == 0:
@@ -81,15 +81,6 @@ class Distillation:
         twin.load_state_dict(best)
         take_over(job.model, trainable_layers(twin))
         return {"held_back_before": start, "held_back_after": least, "best_step": float(best_step)}
-
-    def parameter_groups(self, twin: nn.Module) -> list[dict[str, object]]:
-        """One group a parameter, as units of an 8-bit grid are finer than those of a 4-bit one."""
-        groups: list[dict[str, object]] = []
-        for layer in trainable_layers(twin).values():
-            groups.append({"params": [layer.units], "lr": self.learning_rate * weight_limit(layer.bits) / 7})
-            groups.append({"params": [layer.log_change, layer.input_log_change], "lr": self.scale_rate})
-            groups.append({"params": [layer.bias], "lr": self.bias_rate})
-        return groups
 
     def train_once(
         self,

@@ -83,7 +83,7 @@ class Gptq:
     output_share: float = 0.9
     damping: float = 0.01
     block: int = 128
-    memory_gb: float = 2.0
+    memory_gb: float = 0.75
 
     def __post_init__(self) -> None:
         if self.positions < 1 or self.block < 1 or not 0 < self.damping < 1 or self.memory_gb <= 0:

@@ -7,8 +7,6 @@ settings of the step and of all before it.
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Sequence
 from dataclasses import astuple
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from quantrack.detector.environment import cache_folder
 from quantrack.files import atomic_path, combined_digest, file_digest
 from quantrack.progress import say
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob, StepReport
-from quantrack.quantization.layers import LayerPlan, insert_quantizers, layer_plans
+from quantrack.quantization.state import DAMAGED, model_of_state, model_state
 
 WORTH_SECONDS = 3.0
 LIMIT_BYTES = 4_000_000_000
@@ -56,9 +54,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
 
 def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> None:
     """Keep the job's state after a step, and the reports so far; the oldest go where room runs out."""
-    state = {
-        "plans": {name: astuple(plan) for name, plan in layer_plans(job.model).items()},
-        "weights": job.model.state_dict(),
+    state = model_state(job.model) | {
         "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
         "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
     }
@@ -75,27 +71,16 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
         return None
     try:
         state = torch.load(path, map_location=job.device, weights_only=True)
-        model = copy.deepcopy(job.float_model)
-        insert_quantizers(model, {name: LayerPlan(*plan) for name, plan in state["plans"].items()})
-        # biases may have been added where the float layer has none
-        _load(model, state["weights"])
+        model = model_of_state(state, job.float_model)
         statistics = {name: ActivationStatistics(*seen) for name, seen in state["statistics"].items()}
         reports = [StepReport(*report) for report in state["reports"]]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")
         path.unlink(missing_ok=True)
         return None
     job.model, job.statistics = model, statistics
     path.touch()
     return reports
-
-
-def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    for name in weights.keys() - model.state_dict().keys():
-        parent, _, parameter = name.rpartition(".")
-        if parameter == "bias":
-            model.get_submodule(parent).bias = torch.nn.Parameter(weights[name], requires_grad=False)
-    model.load_state_dict(weights)
 
 
 def kept_path(key: str, kind: str) -> Path:

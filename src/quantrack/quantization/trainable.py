@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import brevitas.nn as qnn
@@ -25,6 +25,7 @@ from quantrack.quantization.layers import (
     set_activation_range,
     set_weight_scale,
     weight_bits,
+    weight_limit,
     weight_scale,
 )
 
@@ -144,6 +145,27 @@ def trainable_twin(model: nn.Module, float_model: nn.Module) -> nn.Module:
 def trainable_layers(twin: nn.Module) -> dict[str, TrainableConvolution]:
     """The trainable convolutions by module name, in module order."""
     return {name: module for name, module in twin.named_modules() if isinstance(module, TrainableConvolution)}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates: `units` in weight steps of a 4-bit grid, `scales` relative, `biases` absolute."""
+
+    units: float
+    scales: float
+    biases: float
+
+
+def parameter_groups(twin: nn.Module, rates: Rates) -> list[dict[str, object]]:
+    """What an optimizer takes; a layer has its own groups, as units of an 8-bit grid are finer than of a 4-bit one."""
+    groups: list[dict[str, object]] = []
+    for layer in trainable_layers(twin).values():
+        own = rates.units * weight_limit(layer.bits) / 7
+        groups.append({"params": [layer.units], "lr": own, "param_group": f"weights_{layer.bits}_bit"})
+        scales = [layer.log_change, layer.input_log_change]
+        groups.append({"params": scales, "lr": rates.scales, "param_group": "scales"})
+        groups.append({"params": [layer.bias], "lr": rates.biases, "param_group": "biases"})
+    return groups
 
 
 @torch.no_grad()

@@ -54,6 +54,11 @@ def log_inputs(evaluation_set: EvaluationSet, calibration: CalibrationSet | None
         mlflow.set_tag("calibration_digest", calibration.digest)
 
 
+def log_dataset(folder: Path, name: str, digest: str, context: str) -> None:
+    """Log further pictures that were read, and what for."""
+    mlflow.log_input(_dataset(folder, name, digest), context=context)
+
+
 def _dataset(folder: Path, name: str, digest: str) -> MetaDataset:
     return MetaDataset(LocalArtifactDatasetSource(folder.resolve().as_uri()), name=name, digest=digest[:DIGEST_LENGTH])
 

@@ -15,14 +15,15 @@ from quantrack.tracking.log import log_json
 from quantrack.tracking.read import evaluation_name, find_run, read_json, require_run
 from quantrack.tracking.registry import Move
 
+QUANTIZING = ("ptq", "qat")  # entry points whose runs hold a quantized model
 VERSION_TAGS = (*IDENTITY, "git_commit", "baseline_run_id")
 
 
 def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
-    """The run of an id, or the finished ptq runs of a parent: those it compared, else those nested in it.
+    """The run of an id, or the finished ptq and qat runs of a parent: those it compared, else those nested in it.
 
     Raises:
-        QuantrackError: there is no such run, or the parent has no finished ptq run.
+        QuantrackError: there is no such run, or the parent has no finished ptq or qat run.
     """
     if run_id:
         return (_measured(require_run(run_id, "run_id")),)
@@ -35,9 +36,11 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
             filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
             output_format="list",
         )
-    wanted = [run for run in runs if run.info.status == "FINISHED" and run.data.tags.get("entry_point") == "ptq"]
+    wanted = [run for run in runs if run.info.status == "FINISHED" and run.data.tags.get("entry_point") in QUANTIZING]
     if not wanted:
-        raise QuantrackError(f"from={parent_id}: no finished ptq run among its runs; give a compare run, or run_id")
+        raise QuantrackError(
+            f"from={parent_id}: no finished ptq or qat run among its runs; give a compare run, or run_id"
+        )
     return tuple(_measured(run) for run in wanted)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import mlflow
+from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
 from quantrack.tracking.environment import git_commit
@@ -34,8 +35,32 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
         log_new_parameters(parameters)
     except mlflow.MlflowException as error:
         raise QuantrackError(f"MLflow at {mlflow.get_tracking_uri()}: {_one_line(error)}") from error
-    try:
+    with _ended_as_the_work_ends():
         yield run
+
+
+@contextmanager
+def resumed_run(run: Run) -> Iterator[None]:
+    """Go on with a run that has not finished, within the active one.
+
+    Raises:
+        QuantrackError: the run has finished.
+    """
+    if run.info.status == "FINISHED":
+        raise QuantrackError(f"resume={run.info.run_id}: the run has finished; there is nothing to go on with")
+    mlflow.set_tag("resumed_run_id", run.info.run_id)
+    mlflow.start_run(run_id=run.info.run_id, nested=True)
+    mlflow.set_tags(git_commit())
+    if REASON_TAG in run.data.tags:
+        mlflow.delete_tag(REASON_TAG)
+    with _ended_as_the_work_ends():
+        yield
+
+
+@contextmanager
+def _ended_as_the_work_ends() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         _end("KILLED", "interrupted")
         raise

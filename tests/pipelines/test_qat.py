@@ -1,0 +1,122 @@
+"""Quantization-aware training on the demo and on real pictures, whole and killed in the middle."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from command import ROOT, newest_run, run_pipeline, use_store
+from mlflow.entities import Run
+
+SMALL = (
+    "--model", "demo", "--data-root", "demo", "--imgsz", "320", "--eval-images", "12", "--calib-images", "6",
+    "--latency-runs", "3", "--mode", "w4a8", "--recipe", "naive", "--train-images", "16", "--batch", "4",
+    "--epochs", "3", "--lr0", "0.01", "--lr0-scales", "0.001",
+)  # fmt: skip
+CHANGED_BY_THE_CLOCK = ("latency", "seconds", "rss", "busy", "nodes_on_", "steps_from_cache")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("qat")
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path) -> Run:
+    """A training from start to end."""
+    done = run_pipeline(store, "qat", *SMALL)
+    assert done.returncode == 0, done.stderr
+    return newest_run(store, "qat")
+
+
+def lasting(run: Run) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in run.data.metrics.items()
+        if not any(word in name for word in CHANGED_BY_THE_CLOCK)
+    }
+
+
+def test_training_recovers_what_naive_quantization_loses(store: Path, whole: Run) -> None:
+    metrics = whole.data.metrics
+    assert metrics["recovered_share"] > 0.4  # 80 % and more takes ten times as many pictures and epochs
+    assert metrics["mAP50-95_gain_ci_low"] > 0
+    assert metrics["weight_bits_avg"] == 4
+    assert metrics["parity_mean_abs"] < 0.02
+    assert whole.data.tags["recipe"] == "naive-qat"
+    use_store(store)
+    client = mlflow.MlflowClient()
+    files = {entry.path for entry in client.list_artifacts(whole.info.run_id, "onnx")}
+    assert "onnx/yolov10n-demo-w4a8-qcdq-qat.onnx" in files
+    assert {entry.path for entry in client.list_artifacts(whole.info.run_id, "training")} == {"training/best.pt"}
+    for name in ("train/box_loss", "train/distill_loss", "lr/scales", "validation/mAP50-95", "ema/updates"):
+        steps = [point.step for point in client.get_metric_history(whole.info.run_id, name)]
+        assert steps == ([0, 1, 2, 3] if name.startswith(("validation", "ema")) else [1, 2, 3])
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_been(store: Path, whole: Run) -> None:
+    command = [sys.executable, str(ROOT / "pipelines/qat.py"), *SMALL, "--from-run", whole.data.tags["ptq_run_id"]]
+    process = subprocess.Popen(command, cwd=store, env=environment(store), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 1:"):
+            break
+    deadline = time.monotonic() + 60
+    killed = newest_run(store, "qat")
+    folder = Path(os.environ["QUANTRACK_CACHE"]) / "training" / killed.info.run_id
+    while not (folder / "last.pt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert newest_run(store, "qat").info.status == "RUNNING"
+    done = run_pipeline(store, "qat", "--resume", killed.info.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch" in done.stderr
+    use_store(store)
+    resumed = mlflow.get_run(killed.info.run_id)
+    assert resumed.info.status == "FINISHED"
+    assert lasting(resumed) == lasting(whole)
+    assert not folder.exists()
+
+
+def environment(store: Path) -> dict[str, str]:
+    return {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--resume", "0" * 32), 1, "no such run"),
+        (("--epochs", "0"), 2, "epochs=0"),
+        (("--model", "demo", "--data-root", "demo", "--train-images", "999"), 2, "train_images=999"),
+        (("--from-run", "x", "--avg-bits", "4.5"), 2, "it has its own bits"),
+    ],
+)
+def test_refusals(store: Path, options: tuple[str, ...], code: int, words: str) -> None:
+    done = run_pipeline(store, "qat", *options)
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+
+
+def test_a_finished_run_is_not_resumed(store: Path, whole: Run) -> None:
+    done = run_pipeline(store, "qat", "--resume", whole.info.run_id)
+    assert done.returncode == 1
+    assert "nothing to go on with" in done.stderr
+
+
+@pytest.mark.real
+def test_real_detector(real_inputs: Path, store: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (real_inputs / "coco2017").rglob("*")}
+    done = run_pipeline(
+        store, "qat",
+        "--model", str(real_inputs / "weights/yolov10n.pt"), "--data-root", str(real_inputs / "coco2017"),
+        "--calib-list", str(ROOT / "datasets/quantize-calib/quant100.txt"), "--calib-images", "8",
+        "--imgsz", "320", "--eval-images", "30", "--latency-runs", "3", "--recipe", "naive",
+        "--train-images", "24", "--batch", "4", "--epochs", "2", "--lr0", "0.01", "--lr0-scales", "0.001",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert newest_run(store, "qat").data.metrics["mAP50-95_gain_ci_low"] > 0
+    assert before == {path: path.stat().st_mtime_ns for path in (real_inputs / "coco2017").rglob("*")}

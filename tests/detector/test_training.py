@@ -1,0 +1,97 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cloudpickle
+import pytest
+import torch
+from torch import nn
+
+from quantrack.datasets.demo import demo_folder
+from quantrack.datasets.training import load_training_pictures
+from quantrack.detector.load import load_auxiliary_head, load_detector
+from quantrack.detector.student import Student
+from quantrack.detector.training import Epoch, FineTuning, TrainingJob, TrainingSettings, train
+from quantrack.detector.yolo_labels import write_yolo_data
+from quantrack.errors import QuantrackError
+
+
+def scores(*values: float) -> Callable[[nn.Module], float]:
+    """A validation that gives these, one after the other."""
+    following: Iterator[float] = iter(values)
+    return lambda network: next(following)
+
+
+def groups(student: Student) -> list[dict[str, object]]:
+    return [{"params": list(student.network.parameters()), "lr": 1e-5, "param_group": "weights"}]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainingJob:
+    """Four pictures' worth of steps of the float demo detector, at 64 px."""
+    pictures = load_training_pictures(demo_folder(), 8, 0, ())
+    network = load_detector("demo", "one2one", 64, 0, trust_checkpoint=False).model
+    student = Student(network, load_auxiliary_head("demo", 0, trust_checkpoint=False), None, mixed_precision=False)
+    settings = TrainingSettings(epochs=4, batch=4, imgsz=64, patience=0, seed=0)
+    data = write_yolo_data(pictures, tmp_path)
+    return TrainingJob(student, groups, scores(), lambda epoch: None, settings, data, tmp_path, torch.device("cpu"))
+
+
+def test_the_best_epoch_is_kept(job: TrainingJob) -> None:
+    seen: list[Epoch] = []
+    trained = train(replace(job, validate=scores(0.5, 0.4, 0.6, 0.5, 0.55), on_epoch=seen.append))
+    assert (trained.best_epoch, trained.best_score, trained.epochs, trained.stopped) == (2, 0.6, 4, "")
+    assert [epoch.number for epoch in seen] == [0, 1, 2, 3, 4]
+    assert {"box_loss", "cls_loss", "dfl_loss"} == seen[1].losses.keys()
+    assert seen[4].rates["weights"] < seen[1].rates["weights"]
+    kept = torch.load(job.best, weights_only=True)["ema"]
+    assert all(torch.equal(value, kept[name]) for name, value in job.student.state_dict().items())
+
+
+def test_a_finished_training_is_not_done_again(job: TrainingJob) -> None:
+    trained = train(replace(job, validate=scores(0.5, 0.4, 0.6, 0.5, 0.55)))
+    assert train(job) == trained  # there is no score left to be asked for
+
+
+def test_both_heads_reach_the_backbone_and_learn(job: TrainingJob) -> None:
+    before = [parameter.clone() for parameter in job.student.auxiliary_parameters]
+    first = next(job.student.network.parameters()).clone()
+    train(replace(job, validate=scores(0.1, 0.2, 0.3, 0.4, 0.5)))
+    assert not torch.equal(first, next(job.student.network.parameters()))
+    assert before
+    moved = zip(before, job.student.auxiliary_parameters, strict=True)
+    assert any(not torch.equal(old, new) for old, new in moved)
+
+
+def test_collapse_ends_the_training_and_keeps_the_best(job: TrainingJob) -> None:
+    trained = train(replace(job, validate=scores(0.5, 0.6, 0.1, 0.05)))
+    assert (trained.best_epoch, trained.epochs) == (1, 2)
+    assert trained.stopped == "validation fell to 0.0500 from 0.6000 of epoch 1; lower lr0"
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_best(job: TrainingJob) -> None:
+    def broken(student: Student) -> list[dict[str, object]]:
+        return [{"params": list(student.network.parameters()), "lr": 1e30, "param_group": "weights"}]
+
+    trained = train(replace(job, validate=scores(0.5, 0.6, 0.6, 0.6, 0.6), groups=broken))
+    assert "is not finite; lower lr0" in trained.stopped
+    assert all(value.isfinite().all() for value in job.student.state_dict().values())
+
+
+def test_patience(job: TrainingJob) -> None:
+    patient = replace(job, settings=replace(job.settings, patience=1))
+    trained = train(replace(patient, validate=scores(0.5, 0.6, 0.55)))
+    assert trained.stopped == "no better epoch after epoch 1 for 1 epochs"
+
+
+def test_failures_of_the_trainer_are_one_line(job: TrainingJob) -> None:
+    with pytest.raises(QuantrackError, match="training failed"):
+        train(replace(job, data=job.folder / "missing.yaml"))
+
+
+def test_the_job_travels_to_the_processes_of_ddp(job: TrainingJob) -> None:
+    kind = type("FineTuningOfOneJob", (FineTuning,), {"job": replace(job, validate=len, on_epoch=print)})
+    there = cloudpickle.loads(cloudpickle.dumps(kind))
+    assert issubclass(there, FineTuning)
+    sent, received = job.student.state_dict(), there.job.student.state_dict()
+    assert all(torch.equal(value, received[name]) for name, value in sent.items())

@@ -243,7 +243,7 @@ def test_one_clear_line(case: str, shared_store: Path) -> None:
 def test_parent_without_ptq_runs(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(shared_store, "promote", "--name", "n", "--from", ptq_run.info.run_id)
     assert done.returncode == 1
-    assert "no finished ptq run among its runs; give a compare run, or run_id" in done.stderr
+    assert "no finished ptq or qat run among its runs; give a compare run, or run_id" in done.stderr
 
 
 def test_two_commands_at_once(ptq_run: Run, shared_store: Path) -> None:

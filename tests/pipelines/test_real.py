@@ -9,7 +9,7 @@ from mlflow.entities import Run
 
 pytestmark = pytest.mark.real
 # The whole list takes three times as long and is measured by benchmarks/accuracy_table.py.
-CALIBRATION = "24"
+CALIBRATION = "32"
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,9 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("mode", "recipe", "least"),
-    [("w8a16", "fast", 0.462), ("w8a8", "default", 0.455), ("w4a16", "default", 0.40), ("w4a8", "default", 0.40)],
-)
-def test_every_mode_keeps_the_detector(real_inputs: Path, store: Path, mode: str, recipe: str, least: float) -> None:
-    run = measure(real_inputs, store, "ptq", "--mode", mode, "--recipe", recipe)
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40), ("w4a8", 0.40)])
+def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least
     assert run.data.metrics["parity_mean_abs"] < 0.02
 

@@ -73,8 +73,10 @@ def train_and_prove(settings: QatSettings) -> None:
         job.model = read_quantized(start_state(start, settings, detector, folder), job.float_model)
         leave_dfl_float(job)
         quantization = Qat(settings.lr0, settings.lr0_scales, settings.distill_weight, settings.amp)
-        auxiliary = load_auxiliary_head(settings.model, settings.seed, settings.trust_checkpoint)
-        student = new_student(job, quantization, auxiliary if settings.head == "one2one" else None)
+        auxiliary = None
+        if settings.head == "one2one":
+            auxiliary = load_auxiliary_head(settings.model, settings.seed, settings.trust_checkpoint)
+        student = new_student(job, quantization, auxiliary)
         validate = partial(score_model, evaluation_set=pictures.held_back, head=settings.head, imgsz=settings.imgsz)
         training = TrainingSettings(settings.epochs, settings.batch, settings.imgsz, settings.patience, settings.seed)
         data = write_yolo_data(pictures, folder)

@@ -37,7 +37,8 @@ COLLAPSED_SHARE = 0.5  # of the best validation score, twice in a row
 WARM_UP_SHARE = 0.1
 WITHOUT_MOSAIC_SHARE = 1 / 3
 FINAL_RATE_SHARE = 0.01
-EPOCH_SEEDS = 100_003  # apart, so that no epoch of one seed is one of the next seed
+# How far apart seeds and DDP's ranks are, so that no epoch draws what one of another seed or rank draws.
+SEED_STRIDE, RANK_STRIDE = 100_003, 10_000_019
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
     def _begin_epoch(self) -> None:
         """Let an epoch's draws depend on its number only, so that one after a kill is as it would have been."""
         self.began = time.monotonic()
-        seed = self.args.seed * EPOCH_SEEDS + self.epoch * (1 + max(RANK, 0)) + 1
+        seed = self.args.seed * SEED_STRIDE + max(RANK, 0) * RANK_STRIDE + self.epoch + 1
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

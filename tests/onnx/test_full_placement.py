@@ -13,16 +13,14 @@ from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
 from quantrack.onnx.activation_grid import SCORES_FROM, SILU_FROM, Grid, ObservedRange, covering
 from quantrack.onnx.full_placement import (
-    FullPlacement,
-    Groups,
-    assign_grids,
     observable_tensors,
     place_everywhere,
     strip_activation_quantizers,
     tensors_to_quantize,
 )
 from quantrack.onnx.graph import Graph, read_graph, write_graph
-from quantrack.onnx.integer_kernels import double_by_copying, fill_input_channels
+from quantrack.onnx.grid_assignment import ConvInput, Groups, assign_grids
+from quantrack.onnx.integer_kernels import dequantize_late, double_by_copying, fill_input_channels, take_wholes
 from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import measure_parity
 from quantrack.runtime.session import REFERENCE, open_session
@@ -89,7 +87,7 @@ def test_integer_kernels_compute_what_the_file_says(small, full):
     assert 0 < parity.mean_abs < 0.02
 
 
-@pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying])
+@pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying, dequantize_late])
 def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypatch, rewrite):
     monkeypatch.setattr("quantrack.onnx.full_placement.suit_integer_kernels", lambda graph: None)
     plain, rewritten = tmp_path / "plain.onnx", tmp_path / "rewritten.onnx"
@@ -97,9 +95,58 @@ def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypat
     graph = read_graph(plain)
     rewrite(graph)
     write_graph(graph, rewritten)
-    assert len(read_graph(rewritten).nodes) > len(read_graph(plain).nodes)
+    assert len(read_graph(rewritten).nodes) != len(read_graph(plain).nodes)
     image = network_input(small.calibration.paths[1], small.SIZE)[None]
     np.testing.assert_array_equal(open_session(plain, "cpu").run(image), open_session(rewritten, "cpu").run(image))
+
+
+def test_wholes_are_taken_in_place_of_all_their_parts(small, tmp_path):
+    path, target = tmp_path / "float.onnx", tmp_path / "wholes.onnx"
+    plain = read_graph(small.files("w8a8").optimized)
+    strip_activation_quantizers(plain)
+    write_graph(plain, path)
+    before = Counter(node.op_type for node in plain.nodes)
+    graph = take_wholes(Graph(plain.model))
+    write_graph(graph, target)
+    after = Counter(node.op_type for node in graph.nodes)
+    assert before["Slice"] - after["Slice"] == 8  # each C2f takes both halves of a tensor, and computes on from one
+    image = network_input(small.calibration.paths[1], small.SIZE)[None]
+    np.testing.assert_array_equal(
+        open_session(path, "cpu", REFERENCE).run(image), open_session(target, "cpu", REFERENCE).run(image)
+    )
+
+
+def test_slices_are_kept_where_the_whole_will_not_do():
+    value, node = helper.make_tensor_value_info, helper.make_node
+    integers = {"0": 0, "1": 1, "2": 2, "3": 3}
+    constants = [onnx.numpy_helper.from_array(np.array([number]), name) for name, number in integers.items()]
+    nodes = [
+        node("Relu", ["x"], ["y"]),
+        node("Slice", ["y", "0", "2", "1", "1"], ["a"]),
+        node("Slice", ["y", "2", "3", "1", "1"], ["b"]),
+        node("Slice", ["y", "0", "2", "2", "1"], ["c"]),
+        node("Concat", ["b", "a"], ["other order"], axis=1),
+        node("Concat", ["a", "b"], ["other axis"], axis=2),
+        node("Concat", ["a", "y"], ["not all"], axis=1),
+        node("Concat", ["c", "b"], ["sliced along another axis"], axis=1),
+        node("Concat", ["y", "a", "b", "a"], ["in the middle"], axis=1),
+    ]
+    outputs = [value(item.output[0], 1, None) for item in nodes[4:]]
+    graph = Graph(helper.make_model(helper.make_graph(nodes, "g", [value("x", 1, [1, 3, 3, 3])], outputs, constants)))
+    taken = take_wholes(graph).nodes
+    assert taken[:-1] == nodes[:-1]
+    assert taken[-1].input == ["y", "y", "a"]
+
+
+def test_detections_are_selected_on_integers(full):
+    graph = read_graph(full)
+    best, selected = (next(node for node in graph.nodes if node.op_type == kind) for kind in ("ReduceMax", "TopK"))
+    types = {
+        item.name: item.type.tensor_type.elem_type
+        for item in onnx.shape_inference.infer_shapes(graph.model).graph.value_info
+    }
+    assert types[best.input[0]] == onnx.TensorProto.UINT8
+    assert graph.producers[selected.input[0]].op_type == "DequantizeLinear"
 
 
 def test_the_one_to_many_head_too(small, tmp_path):
@@ -137,7 +184,7 @@ def test_what_is_cut_and_what_is_not(small, observed):
     graph = Graph(graph.model)
     tensors = tensors_to_quantize(graph, conv_inputs)
     wide = {name: ObservedRange(-50.0, 30.0) for name in tensors}
-    grids = assign_grids(graph, tensors, conv_inputs, wide, FullPlacement())
+    grids = assign_grids(graph, tensors, conv_inputs, wide)
     of_silu = {node.input[0] for node in graph.nodes if node.op_type == "Sigmoid" and node.input[0] in tensors}
     assert len(of_silu) == 69
     for name in of_silu:
@@ -174,13 +221,11 @@ def concatenation(narrow: float) -> tuple[Graph, dict[str, ObservedRange]]:
 
 @pytest.mark.parametrize(("narrow", "aligned"), [(4.0, False), (6.0, True)])
 def test_operands_of_concat_are_aligned_where_that_costs_less_than_a_bit(narrow, aligned):
-    from quantrack.onnx.full_placement import ConvInput
-
     graph, ranges = concatenation(narrow)
     conv_inputs = {"last": ConvInput("c", Grid.over(0.0, 10.0))}
     tensors = tensors_to_quantize(graph, conv_inputs)
     assert tensors >= {"a", "b", "c", "y"}
-    grids = assign_grids(graph, tensors, conv_inputs, ranges, FullPlacement())
+    grids = assign_grids(graph, tensors, conv_inputs, ranges)
     assert (grids["a"] == grids["c"]) is aligned
     assert grids["b"] == grids["c"] == Grid.over(0.0, 10.0)
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import brevitas.nn as qnn
 import pytest
@@ -17,12 +18,14 @@ from quantrack.detector.blocks import INPUT, network_blocks, run_blocks
 from quantrack.detector.heads import head_levels, raw_outputs
 from quantrack.detector.load import Detector, load_detector
 from quantrack.errors import QuantrackError, UsageError
-from quantrack.quantization.apply import apply_recipe, output_divergence
+from quantrack.quantization import range_search
+from quantrack.quantization.apply import apply_recipe, float_probe, output_divergence
 from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.divergence import divergence
-from quantrack.quantization.gptq import Gptq, channel_errors, grouped, input_columns
+from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
+from quantrack.quantization.input_columns import input_columns
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, first_pictures, new_job
 from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range, weight_bits
@@ -150,6 +153,27 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
     assert search.apply(weight_only) == {}
 
 
+def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
+    job: QuantizationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
+    apply_recipe(job, CALIBRATED)
+    other = replace(job, scheme=parse_mode("w8a8"), model=copy.deepcopy(job.model))
+    search = ActivationRangeSearch(layers=2, images=2)
+    search.apply(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(range_search, "trial_errors", lambda *arguments: pytest.fail("measured again"))
+        search.apply(other)
+    ranges, others = ({n: range_of(layer) for n, layer in quantized_layers(j.model).items()} for j in (job, other))
+    assert ranges == others
+    (kept,) = (tmp_path / "ranges").iterdir()
+    kept.write_text("[1]")
+    search.apply(other)  # of ranges that are not those before, so that this is another key
+    apply_recipe(other, CALIBRATED)
+    assert search.apply(other)["error_after"] > 0  # damaged, so measured again
+    assert kept.read_text() != "[1]"
+
+
 @pytest.mark.parametrize("settings", [{"layers": 0}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}])
 def test_range_search_refuses_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
@@ -188,9 +212,9 @@ def test_the_scales_gradient_is_that_of_the_rounding_error() -> None:
 
 def test_learned_rounding_beats_rounding_to_nearest(job: QuantizationJob) -> None:
     apply_recipe(job, CALIBRATED)
-    before = output_divergence(job)
+    before = output_divergence(job, float_probe(job))
     figures = BlockReconstruction(iterations=25).apply(job)
-    after = output_divergence(job)
+    after = output_divergence(job, float_probe(job))
     assert figures["error_after"] < figures["error_before"]
     assert before is not None
     assert after is not None
@@ -201,9 +225,9 @@ def test_learned_rounding_beats_rounding_to_nearest(job: QuantizationJob) -> Non
 
 def test_distillation_comes_closer_to_the_float_outputs(job: QuantizationJob) -> None:
     apply_recipe(job, CALIBRATED)
-    before = output_divergence(job)
+    before = output_divergence(job, float_probe(job))
     figures = Distillation(steps=20, batch=2).apply(job)
-    after = output_divergence(job)
+    after = output_divergence(job, float_probe(job))
     assert figures["held_back_after"] < figures["held_back_before"]
     assert before is not None
     assert after is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,110 @@ from onnx import helper, numpy_helper
 
 from quantrack.onnx.graph import Graph
 
+COMPARING = frozenset({"Reshape", "Concat", "GatherElements", "ReduceMax"})  # the same on a grid's integers
 CHANNEL_MULTIPLE = 4  # the convolution kernel reads four input channels at a time; other counts go through im2col
 
 
 def suit_integer_kernels(graph: Graph) -> None:
-    """Fill the picture's three channels up to four with zeros, and double sides by copying instead of Resize."""
+    """Fill the picture's channels up to four with zeros, double sides by copying, dequantize late in the head."""
     fill_input_channels(graph)
     double_by_copying(Graph(graph.model))
+    dequantize_late(Graph(graph.model))
+
+
+def take_wholes(graph: Graph) -> Graph:
+    """Let a Concat that takes all slices of a tensor in order take the tensor itself; returns the new graph.
+
+    In channels-last order each slice is copied position by position, a few bytes at a time. Called before
+    there are quantizers between the two.
+    """
+    shapes = _shapes(graph)
+    replaced: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type == "Concat":
+            wholes = _wholes(graph, node, shapes)
+            replaced |= set(node.input) - set(wholes)
+            node.input[:] = wholes
+    used = {name for node in graph.nodes for name in node.input} | {item.name for item in graph.model.graph.output}
+    graph.replace([node for node in graph.nodes if node.output[0] in used or node.output[0] not in replaced])
+    return Graph(graph.model)
+
+
+def _wholes(graph: Graph, concat: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> list[str]:
+    """A Concat's inputs, each run of slices that make up a tensor replaced by it."""
+    axis = next(item.i for item in concat.attribute if item.name == "axis")
+    waiting, found = list(concat.input), []
+    while waiting:
+        parts = [_sliced(graph, name, axis) for name in waiting]
+        whole = parts[0].whole if parts[0] is not None else ""
+        end = count = 0
+        for part in parts:
+            if part is None or part.whole != whole or part.start != end:
+                break
+            end, count = part.end, count + 1
+        complete = count > 1 and [end] == shapes.get(whole, [])[axis : axis + 1]
+        found.append(whole if complete else waiting[0])
+        del waiting[: count if complete else 1]
+    return found
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A part of a tensor along one axis, from `start` to before `end`."""
+
+    whole: str
+    start: int
+    end: int
+
+
+def _sliced(graph: Graph, tensor: str, axis: int) -> Sliced | None:
+    """What a tensor is a slice of, along this axis in steps of one; None if it is no such slice."""
+    node = graph.producers.get(tensor)
+    if node is None or node.op_type != "Slice" or not all(name in graph.initializers for name in node.input[1:]):
+        return None
+    start, end, *along = (graph.array(name).tolist() for name in node.input[1:])
+    return Sliced(node.input[0], start[0], end[0]) if along in ([[axis]], [[axis], [1]]) else None
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """What a DequantizeLinear reads: a tensor of integers, and the names of scale and zero point."""
+
+    integers: str
+    grid: tuple[str, ...]
+
+
+def dequantize_late(graph: Graph) -> None:
+    """Let what only moves or compares values work on integers, where they become float after it anyway.
+
+    Of a head's 8,400 positions 300 are selected; those alone are then dequantized.
+    """
+    known = {
+        node.output[0]: Dequantized(node.input[0], tuple(node.input[1:]))
+        for node in graph.nodes
+        if node.op_type == "DequantizeLinear" and node.input[0] in graph.producers
+    }
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        values = _values_on_one_grid(node, known)
+        result = node.output[0]
+        if values and not any(reader.op_type == "QuantizeLinear" for reader in graph.consumers[result]):
+            node.output[0] = f"{result}/integers"
+            node.input[: len(values)] = [value.integers for value in values]
+            known[result] = Dequantized(node.output[0], values[0].grid)
+            nodes.append(helper.make_node("DequantizeLinear", [node.output[0], *values[0].grid], [result]))
+    used = {name for node in nodes for name in node.input} | {item.name for item in graph.model.graph.output}
+    graph.replace([node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in used])
+
+
+def _values_on_one_grid(node: onnx.NodeProto, known: Mapping[str, Dequantized]) -> list[Dequantized]:
+    """What an operator moves or compares, if all of it comes dequantized from one grid; else nothing."""
+    if node.op_type not in COMPARING:
+        return []
+    names = node.input if node.op_type == "Concat" else node.input[:1]
+    values = [known[name] for name in names if name in known]
+    return values if len(values) == len(names) and len({value.grid for value in values}) == 1 else []
 
 
 def fill_input_channels(graph: Graph) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from quantrack.detector.heads import head_levels, raw_outputs
+from quantrack.detector.heads import RawOutputs, head_levels, raw_outputs
 from quantrack.progress import say
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob, Step, StepReport, first_pictures
@@ -32,12 +33,13 @@ def apply_recipe(
     start = len(reports)
     for place, report in enumerate(reports, 1):
         on_step(place, report)
-    before = output_divergence(job)
+    probe = float_probe(job) if start < len(steps) else None
+    before = output_divergence(job, probe)
     for step, key in zip(steps[start:], keys[start:], strict=True):
         began = time.perf_counter()
         figures = step.apply(job)
         seconds = time.perf_counter() - began
-        after = output_divergence(job)
+        after = output_divergence(job, probe)
         apart = {"divergence_before": before, "divergence_after": after}
         known = {name: value for name, value in apart.items() if value is not None}
         reports.append(StepReport(type(step).__name__, seconds, {**figures, **known}))
@@ -49,18 +51,33 @@ def apply_recipe(
     return tuple(reports)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A few calibration pictures [B, 3, S, S], and the float model's raw outputs for them."""
+
+    pictures: Tensor
+    outputs: RawOutputs
+
+
 @torch.no_grad()
-def output_divergence(job: QuantizationJob) -> float | None:
-    """Score and box divergence per object; None until all scales are set, or without a known head."""
-    if not head_levels(job.float_model) or not scales_are_set(job.model):
+def float_probe(job: QuantizationJob) -> Probe | None:
+    """What quantized models are to be held against; None without a known head."""
+    if not head_levels(job.float_model):
         return None
-    few = replace(first_pictures(job, PROBE_PICTURES), batch=PROBE_PICTURES)
-    with raw_outputs(job.model) as student, raw_outputs(job.float_model) as teacher:
-        batch = next(few.batches())
-        job.model(batch)
-        job.float_model(batch)
-        apart = divergence(student.taken(), teacher.taken())
-    return float(apart.outputs)
+    pictures = next(replace(first_pictures(job, PROBE_PICTURES), batch=PROBE_PICTURES).batches())
+    with raw_outputs(job.float_model) as tap:
+        job.float_model(pictures)
+        return Probe(pictures, tap.taken())
+
+
+@torch.no_grad()
+def output_divergence(job: QuantizationJob, probe: Probe | None) -> float | None:
+    """Score and box divergence per object; None until all scales are set, or without a probe."""
+    if probe is None or not scales_are_set(job.model):
+        return None
+    with raw_outputs(job.model) as tap:
+        job.model(probe.pictures)
+        return float(divergence(tap.taken(), probe.outputs).outputs)
 
 
 def _restored(job: QuantizationJob, keys: Sequence[str]) -> list[StepReport]:

@@ -13,6 +13,7 @@ there reaches the detections (`importance`), as nearly all of a picture is backg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ from dataclasses import dataclass
 import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
 
 from quantrack.detector.blocks import Block, run_block
 from quantrack.detector.heads import head_levels
-from quantrack.errors import QuantrackError, UsageError
+from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
 from quantrack.quantization.coordinate_descent import (
@@ -34,7 +34,8 @@ from quantrack.quantization.coordinate_descent import (
     refined_jointly,
     towards_diagonal,
 )
-from quantrack.quantization.importance import output_importance
+from quantrack.quantization.importance import output_importance, with_covariance, without_covariance
+from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     clamp_integers,
@@ -229,12 +230,13 @@ class _Positions:
         if (settings.importance_share > 0 or settings.output_sweeps > 0) and head_levels(job.float_model):
             names = list(quantized_layers(job.model))
             count = job.batch_count * (2 if settings.mirrored else 1)
+            seen = with_covariance if settings.output_sweeps > 0 else without_covariance
             for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count):
-                found = output_importance(job.float_model, names, pictures, self.generator)
-                self.importance.append({name: seen.positions.cpu() for name, seen in found.items()})
-                if settings.output_sweeps > 0:
-                    for name, seen in found.items():
-                        self.outputs[name] = self.outputs.get(name, 0) + seen.covariance
+                found = output_importance(job.float_model, names, pictures, self.generator, seen)
+                self.importance.append({name: of.positions.cpu() for name, of in found.items()})
+                for name, of in found.items():
+                    if of.covariance is not None:
+                        self.outputs[name] = self.outputs.get(name, 0) + of.covariance
 
     def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
         """Indices of positions of one batch, with repetition; None for all of them."""
@@ -261,12 +263,9 @@ def collect_curvatures(walk: BlockWalk, block: Block, names: list[str], position
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
         x = quantized_input(layer, inputs[0]) if isinstance(layer, qnn.QuantConv2d) else inputs[0]
-        columns = input_columns(x, layer)
-        mean = columns.mean(dim=2)
-        drawn = positions.drawn(name, current, columns.shape[2])
-        if drawn is not None:
-            columns = columns[:, :, drawn.to(columns.device)]
-        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean
+        drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
+        columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
+        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
         before = sums.get(name)
         sums[name] = seen if before is None else (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
 
@@ -307,18 +306,6 @@ def unrounded(layers: Mapping[str, qnn.QuantConv2d], weights: Mapping[str, Tenso
 def grouped(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight [O, I/G, kh, kw] as [G, O/G, D] with D = I/G * kh * kw."""
     return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-def input_columns(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """The input patches [G, D, B * H * W] of all output positions, for an input [B, I, H, W]."""
-    patches = unfold(x, layer.kernel_size, layer.dilation, _numeric(layer.padding), layer.stride)
-    return patches.transpose(0, 1).reshape(layer.groups, -1, patches.shape[0] * patches.shape[2])
-
-
-def _numeric(padding: str | tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(padding, str):
-        raise QuantrackError(f"gptq: a convolution pads {padding!r}; only numeric padding is supported")
-    return padding
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -9,23 +9,30 @@ tried in a network that is float otherwise, against the float network's raw outp
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import brevitas.nn as qnn
 from torch import Tensor
 
 from quantrack.detector.heads import head_levels
 from quantrack.errors import UsageError
+from quantrack.files import write_json
 from quantrack.progress import say
 from quantrack.quantization.activation_ranges import Range
 from quantrack.quantization.divergence import Divergence
 from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range
+from quantrack.quantization.step_cache import kept_path, step_keys
+from quantrack.schemes import Scheme
 
+INPUTS_ONLY = Scheme("inputs only", 8, 8)
+Errors = Mapping[str, Mapping[float, float]]  # by layer and share of its range
 LOOK = 4  # pictures that are enough to tell which layers cost most
 
 
@@ -53,9 +60,32 @@ class ActivationRangeSearch:
         if not head_levels(job.model):
             say("activation range search: the model has no detection head that Quantrack knows; ranges stay")
             return {}
+        ranges = {name: range_of(layer) for name, layer in quantized_layers(job.model).items()}
+        return self.take_best(job, ranges, self.kept_errors(job, ranges))
+
+    def kept_errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
+        """As `errors`, measured once for the same model, pictures, ranges, settings and code.
+
+        Weights do not enter it, so w4a8 and w8a8 share what is kept, whatever the bit plan.
+        """
+        (key,) = step_keys(replace(job, scheme=INPUTS_ONLY, plan=None), [(self, sorted(ranges.items()))])
+        path = kept_path(f"{key}.json", "ranges")
+        if path.is_file():
+            try:
+                kept = _read(path)
+            except (OSError, ValueError, AttributeError) as error:
+                say(f"cached ranges {path}: cannot be read ({type(error).__name__}); measuring again")
+            else:
+                say("activation ranges: what each costs (from the cache)")
+                return kept
+        errors = self.errors(job, ranges)
+        write_json(path, errors)
+        return errors
+
+    def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
+        """What the costliest layers cost at their range and at each shrunken one."""
         probe = copy.deepcopy(job.model)
         layers = quantized_layers(probe)
-        ranges = {name: range_of(layer) for name, layer in layers.items()}
         for layer in layers.values():
             layer.weight_quant.disable_quant = layer.input_quant.disable_quant = True
         seen = {name: {1.0: partial(input_rounded, layers[name], ends)} for name, ends in ranges.items()}
@@ -67,12 +97,9 @@ class ActivationRangeSearch:
             for name in worst
         }
         few = first_pictures(job, self.images)
-        errors = trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
-        return self.take_best(job, ranges, errors)
+        return trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
 
-    def take_best(
-        self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Mapping[str, Mapping[float, float]]
-    ) -> Mapping[str, float]:
+    def take_best(self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Errors) -> Mapping[str, float]:
         """Set each layer's best range; how many shrank, and the sums of the errors before and after."""
         best = {name: min(tried, key=tried.__getitem__) for name, tried in errors.items()}
         layers = quantized_layers(job.model)
@@ -83,6 +110,11 @@ class ActivationRangeSearch:
             "error_before": sum(tried[1.0] for tried in errors.values()),
             "error_after": sum(tried[best[name]] for name, tried in errors.items()),
         }
+
+
+def _read(path: Path) -> Errors:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return {name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in kept.items()}
 
 
 def outputs_and_features(apart: Divergence) -> Tensor:

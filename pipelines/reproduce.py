@@ -8,6 +8,7 @@ from pathlib import Path
 from baseline import baseline
 from evaluate import evaluate
 from ptq import ptq
+from qat import qat
 
 from quantrack.detector.environment import fresh_cache
 from quantrack.entry import run_entry_point
@@ -17,6 +18,7 @@ from quantrack.settings import (
     BaselineSettings,
     OnnxSettings,
     PtqSettings,
+    QatSettings,
     ReproduceSettings,
     SharedSettings,
     setting_texts,
@@ -26,7 +28,7 @@ from quantrack.tracking.run import name_run, tracked_run
 
 
 def reproduce(settings: ReproduceSettings) -> None:
-    """Run baseline, ptq or evaluate again from a run's record; fails if metrics, digests or files differ."""
+    """Run baseline, ptq, qat or evaluate again from a run's record; fails if metrics, digests or files differ."""
     with tempfile.TemporaryDirectory() as folder, fresh_cache():
         record = read_record(settings.run_id, settings.data_root, Path(folder))
         name_run(f"reproduce-{record.run.info.run_name}")
@@ -45,6 +47,8 @@ def do_again(settings: SharedSettings) -> None:
     match settings:
         case BaselineSettings():
             baseline(settings)
+        case QatSettings():  # before PtqSettings, whose settings it has as well
+            qat(settings)
         case PtqSettings():
             ptq(settings)
         case OnnxSettings():

@@ -123,4 +123,4 @@ def test_a_run_is_reproduced_from_its_record(shared_store: Path) -> None:
 def test_only_finished_runs_are_reproduced(comparison: Run, shared_store: Path) -> None:
     done = run_pipeline(shared_store, "reproduce", "--run-id", comparison.info.run_id)
     assert done.returncode == 1
-    assert "give a finished run of baseline, ptq, evaluate" in done.stderr
+    assert "give a finished run of baseline, ptq, qat, evaluate" in done.stderr

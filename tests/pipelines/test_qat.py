@@ -107,6 +107,15 @@ def test_a_finished_run_is_not_resumed(store: Path, whole: Run) -> None:
     assert "nothing to go on with" in done.stderr
 
 
+def test_a_training_is_reproduced_from_its_record(store: Path, whole: Run) -> None:
+    done = run_pipeline(store, "reproduce", "--run-id", whole.info.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "is reproduced" in done.stderr
+    again = newest_run(store, "qat")
+    assert again.info.run_id != whole.info.run_id
+    assert again.data.tags["ptq_run_id"] == whole.data.tags["ptq_run_id"]
+
+
 @pytest.mark.real
 def test_real_detector(real_inputs: Path, store: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (real_inputs / "coco2017").rglob("*")}

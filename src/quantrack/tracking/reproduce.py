@@ -14,13 +14,19 @@ from mlflow.entities import Run
 from quantrack.errors import QuantrackError
 from quantrack.files import file_digest
 from quantrack.quantization.recipe import RECIPES, Recipe
-from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, SharedSettings, parse_settings
+from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, QatSettings, SharedSettings, parse_settings
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import fetch
 from quantrack.tracking.read import read_json, require_run
+from quantrack.tracking.training import START_TAG
 
-SETTINGS: dict[str, type[SharedSettings]] = {"baseline": BaselineSettings, "ptq": PtqSettings, "evaluate": OnnxSettings}
-DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest")
+SETTINGS: dict[str, type[SharedSettings]] = {
+    "baseline": BaselineSettings,
+    "ptq": PtqSettings,
+    "qat": QatSettings,
+    "evaluate": OnnxSettings,
+}
+DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest", "training_digest", "validation_digest")
 CONTEXT = ("git_commit", "device_name", "provider")
 # What depends on the clock, on the machine's load or on what an earlier run has left behind.
 TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|busy_cores|nodes_on_")
@@ -52,8 +58,20 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
         )
     known = {item.name for item in fields(SETTINGS[entry])}
     texts = {name: value for name, value in run.data.params.items() if name in known}
-    texts |= _recorded_files(run, texts, folder) | ({"data_root": data_root} if data_root else {})
+    if entry == "qat":
+        texts = _from_the_same_start(run, texts)
+    else:
+        texts |= _recorded_files(run, texts, folder)
+    texts |= {"data_root": data_root} if data_root else {}
     return Record(run, entry, parse_settings(SETTINGS[entry], texts))
+
+
+def _from_the_same_start(run: Run, texts: Mapping[str, str]) -> dict[str, str]:
+    """Training starts again from the same PTQ run, which is not done again; its recipe and bits come with it."""
+    of_the_start = {"recipe", "plan", "avg_bits", "resume"}
+    return {name: text for name, text in texts.items() if name not in of_the_start} | {
+        "from_run": run.data.tags[START_TAG]
+    }
 
 
 def _recorded_files(run: Run, texts: Mapping[str, str], folder: Path) -> dict[str, str]:

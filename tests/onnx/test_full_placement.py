@@ -1,6 +1,7 @@
 """Quantizers everywhere: which tensors, which grids, and that ONNX Runtime makes integer kernels of them."""
 
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
 from quantrack.onnx.activation_grid import SCORES_FROM, SILU_FROM, Grid, ObservedRange, covering
+from quantrack.onnx.float_silu import SILU, silu_in_float, silu_product
 from quantrack.onnx.full_placement import (
     observable_tensors,
     place_everywhere,
@@ -56,9 +59,75 @@ def test_every_quantized_convolution_becomes_an_integer_kernel(small, full, tmp_
     assert before["QLinearConv"] <= 2  # results that go to the next convolution's quantizer without an activation
     assert after["QLinearConv"] == convolutions - 1
     assert after["Conv"] == 1  # DFL
-    assert after["QLinearSigmoid"] == after["QLinearMul"] == before["QuickGelu"] > 60
+    assert after["QuickGelu"] == before["QuickGelu"] == 69  # all SiLUs are small at this size
+    assert after["QLinearSigmoid"] == after["QLinearMul"] == 0
     assert after["QLinearAdd"] == 10
     assert after["Resize"] == 0
+
+
+def test_large_silus_are_integer_kernels(small, observed, tmp_path, monkeypatch):
+    target = tmp_path / "full.onnx"
+    sizes = sorted(prod(shape) for shape in shapes_of_silus(small.files("w8a8").optimized))
+    monkeypatch.setattr("quantrack.onnx.float_silu.MOST_VALUES", sizes[30])
+    place_everywhere(small.files("w8a8").optimized, target, observed)
+    after = optimized_operators(target, tmp_path)
+    small_ones = sum(size <= sizes[30] for size in sizes)
+    assert after["QuickGelu"] == small_ones
+    assert after["QLinearSigmoid"] == after["QLinearMul"] == len(sizes) - small_ones > 0
+
+
+def shapes_of_silus(path: Path) -> list[list[int]]:
+    graph = read_graph(path)
+    shapes = graph.shapes()
+    return [
+        shapes[node.output[0]]
+        for node in graph.nodes
+        if node.op_type == "Sigmoid" and silu_product(graph, node.input[0])
+    ]
+
+
+def test_silu_in_one_operator_gives_the_same(small, tmp_path):
+    """By ONNX Runtime's kernel, and by the function in the file where a runtime has none."""
+    path, target = tmp_path / "float.onnx", tmp_path / "silu.onnx"
+    plain = read_graph(small.files("w8a8").optimized)
+    strip_activation_quantizers(plain)
+    write_graph(plain, path)
+    graph = silu_in_float(Graph(plain.model))
+    write_graph(graph, target)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    assert Counter(node.op_type for node in graph.nodes)[SILU] == 69
+    image = network_input(small.calibration.paths[1], small.SIZE)[None]
+    expected = open_session(path, "cpu", REFERENCE).run(image)
+    np.testing.assert_allclose(open_session(target, "cpu", REFERENCE).run(image), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_any_runtime_can_read_silu():
+    value, node = helper.make_tensor_value_info, helper.make_node
+    nodes = [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"], name="product")]
+    graph = helper.make_graph(nodes, "g", [value("x", 1, [2, 3])], [value("y", 1, [2, 3])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    merged = silu_in_float(Graph(model))
+    assert [item.op_type for item in merged.nodes] == [SILU]
+    x = np.linspace(-6, 6, 6, dtype=np.float32).reshape(2, 3)
+    (y,) = ReferenceEvaluator(merged.model).run(None, {"x": x})
+    np.testing.assert_allclose(y, x / (1 + np.exp(-x)), rtol=1e-6)
+
+
+def test_only_silu_is_written_as_one_operator():
+    value, node = helper.make_tensor_value_info, helper.make_node
+    nodes = [
+        node("Sigmoid", ["x"], ["gate"]),
+        node("Mul", ["z", "gate"], ["gated"]),  # another tensor's gate
+        node("Sigmoid", ["z"], ["scores"]),
+        node("Relu", ["x"], ["y"]),
+        node("Sigmoid", ["y"], ["used"]),
+        node("Mul", ["y", "used"], ["silu"]),
+        node("Neg", ["used"], ["twice"]),  # its sigmoid is used elsewhere
+    ]
+    outputs = [value(name, 1, [1, 3]) for name in ("gated", "scores", "silu", "twice")]
+    model = helper.make_model(helper.make_graph(nodes, "g", [value(name, 1, [1, 3]) for name in "xz"], outputs))
+    assert silu_in_float(Graph(model)).nodes == nodes
+    assert not model.functions
 
 
 def test_calibrated_grids_stay(small, full):

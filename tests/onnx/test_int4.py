@@ -7,6 +7,7 @@ import pytest
 from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
 from quantrack.onnx.files import pack_weights
+from quantrack.onnx.float_silu import SILU
 from quantrack.onnx.full_placement import observable_tensors, place_everywhere
 from quantrack.onnx.inspect import read_facts
 from quantrack.onnx.int4 import store_as_int4
@@ -48,6 +49,8 @@ def test_integer_kernels_stay_with_full_placement(small, tmp_path):
     ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
     place_everywhere(source, full, ranges)
     assert store_as_int4(full, target) == len(packed_tensors(target))
+    assert [item.name for item in onnx.load(target).functions] == [SILU]
+    onnx.checker.check_model(onnx.load(target), full_check=True)
     images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
     require_same_outputs(open_session(full, "cpu"), open_session(target, "cpu"), images)
 

@@ -5,7 +5,7 @@ Q/DQ nodes are pure cost. It runs an operator on integers where all its inputs c
 and its output goes to QuantizeLinear (QLinearConv, QLinearSigmoid, QLinearMul, QLinearAdd, QLinearConcat;
 MaxPool, Slice and Split as they are), and a convolution only with an INT32 bias of scale x scale. So
 every activation on the way to a convolution gets a quantizer of its own, and the head's outputs do;
-attention and the head's decoding stay float.
+attention and the head's decoding stay float, and so does SiLU where that is faster (see `float_silu`).
 
 The convolutions' inputs keep the scale and zero point that they were calibrated with. All activations
 are unsigned: ONNX Runtime's x86 kernels for signed ones are twenty times slower.
@@ -23,11 +23,12 @@ from onnx import helper
 
 from quantrack.errors import QuantrackError
 from quantrack.onnx.activation_grid import Grid, ObservedRange
+from quantrack.onnx.float_silu import SILU, silu_in_float
 from quantrack.onnx.graph import Graph, read_graph, write_graph
 from quantrack.onnx.grid_assignment import ALIGN_SHARE, SAME_GRID, ConvInput, assign_grids
 from quantrack.onnx.integer_kernels import suit_integer_kernels, take_wholes
 
-INTEGER_OPERATORS = frozenset({"Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
+INTEGER_OPERATORS = frozenset({SILU, "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
 INT32 = np.iinfo(np.int32)
 
 
@@ -35,7 +36,7 @@ def observable_tensors(path: Path) -> tuple[str, ...]:
     """The tensors of a QCDQ file whose values `place_everywhere` wants to know."""
     graph = read_graph(path)
     grids = strip_activation_quantizers(graph)
-    graph = take_wholes(Graph(graph.model))
+    graph = _prepared(graph)
     produced = set(graph.producers)
     return tuple(sorted(tensors_to_quantize(graph, grids) & produced))
 
@@ -54,12 +55,17 @@ def place_everywhere(
     conv_grids = strip_activation_quantizers(graph)
     if not conv_grids:
         raise QuantrackError(f"{source}: no activation is quantized; full placement needs a W4A8 or W8A8 model")
-    graph = take_wholes(Graph(graph.model))
+    graph = _prepared(graph)
     tensors = tensors_to_quantize(graph, conv_grids)
     grids = assign_grids(graph, tensors, conv_grids, observed, align_share)
     insert_everywhere(graph, grids, conv_grids)
     suit_integer_kernels(Graph(graph.model))
     write_graph(graph, target)
+
+
+def _prepared(graph: Graph) -> Graph:
+    """What is to be rewritten before there are quantizers in between."""
+    return silu_in_float(take_wholes(Graph(graph.model)))
 
 
 def strip_activation_quantizers(graph: Graph) -> dict[str, ConvInput]:

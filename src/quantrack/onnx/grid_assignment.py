@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from quantrack.onnx.activation_grid import SCORES_FROM, SILU_FROM, Grid, ObservedRange, covering
+from quantrack.onnx.float_silu import SILU, silu_product
 from quantrack.onnx.graph import Graph
 
 ALIGN_SHARE = 0.5
@@ -118,13 +119,11 @@ def _observed_grid(
 
 
 def _silu_result(graph: Graph, tensor: str) -> str:
-    """x * sigmoid(x) of this tensor, if that is all that it is for; else nothing."""
+    """SiLU of this tensor, if that is all that it is for; else nothing."""
     consumers = graph.consumers[tensor]
-    sigmoid = next((node for node in consumers if node.op_type == "Sigmoid"), None)
-    if sigmoid is None or len(consumers) != 2:
-        return ""
-    product = next((node for node in consumers if node.op_type == "Mul"), None)
-    return product.output[0] if product is not None and sigmoid.output[0] in product.input else ""
+    merged = len(consumers) == 1 and consumers[0].op_type == SILU
+    node = consumers[0] if merged else silu_product(graph, tensor)
+    return node.output[0] if node is not None else ""
 
 
 def _feeds_sigmoid(graph: Graph, tensor: str) -> bool:

@@ -29,7 +29,7 @@ def take_wholes(graph: Graph) -> Graph:
     In channels-last order each slice is copied position by position, a few bytes at a time. Called before
     there are quantizers between the two.
     """
-    shapes = _shapes(graph)
+    shapes = graph.shapes()
     replaced: set[str] = set()
     for node in graph.nodes:
         if node.op_type == "Concat":
@@ -168,7 +168,7 @@ def _filled(graph: Graph, convolution: onnx.NodeProto, quantize: onnx.NodeProto)
 
 def double_by_copying(graph: Graph) -> None:
     """Write nearest-neighbour Resize by two as copies of rows in channels-last order, a third of its time."""
-    shapes = _shapes(graph)
+    shapes = graph.shapes()
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
         dequantize = graph.producers.get(node.input[0])
@@ -177,14 +177,6 @@ def double_by_copying(graph: Graph) -> None:
         else:
             nodes.append(node)
     graph.replace(nodes)
-
-
-def _shapes(graph: Graph) -> dict[str, list[int]]:
-    bare = onnx.ModelProto()
-    bare.CopyFrom(graph.model)
-    del bare.graph.value_info[:]
-    inferred = onnx.shape_inference.infer_shapes(bare).graph.value_info
-    return {item.name: [side.dim_value for side in item.type.tensor_type.shape.dim] for item in inferred}
 
 
 def _doubles(graph: Graph, node: onnx.NodeProto) -> bool:

@@ -25,5 +25,6 @@ def load_newer(path: Path) -> onnx.ModelProto:
         model = version_converter.convert_version(older, NEWER)
     except Exception as error:  # the converter raises whatever its adapters meet
         raise QuantrackError(f"{path}: cannot be turned into opset {NEWER} ({' '.join(str(error).split())})") from error
+    model.functions.extend(older.functions)  # the converter leaves them out
     model.ir_version = max(model.ir_version, IR_VERSION)
     return model

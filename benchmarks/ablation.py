@@ -38,8 +38,8 @@ LADDER = (
     Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
     Recipe("7-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
     Recipe("8-range-search", RECIPES["default"]),
-    Recipe("9-mirrored", RECIPES["best"]),
-    Recipe("10-across-channels", (*RECIPES["best"][:-2], Gptq(mirrored=True, output_sweeps=2), BiasCorrection())),
+    Recipe("9-mirrored", (*RECIPES["default"][:-2], Gptq(mirrored=True), BiasCorrection())),
+    Recipe("10-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

@@ -68,7 +68,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     ),
     "fast": (*CALIBRATED, BiasCorrection()),
     "default": (*CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
-    "best": (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection()),
+    "best": (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, output_sweeps=2), BiasCorrection()),
 }
 
 

@@ -21,6 +21,7 @@ from accuracy_table import ROOT, add_result
 
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
 
 CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"
@@ -38,7 +39,7 @@ LADDER = (
     Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
     Recipe("7-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
     Recipe("8-range-search", RECIPES["default"]),
-    Recipe("9-mirrored", (*RECIPES["default"][:-2], Gptq(mirrored=True), BiasCorrection())),
+    Recipe("9-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
     Recipe("10-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10

@@ -4,17 +4,19 @@
 
 Each annotated train picture that is not a calibration picture is shown plain and mirrored, at its full size and
 shrunken to 0.8 and 0.6 of it within the same input; no evaluation picture is looked at. For each file, means over the
-six views: the drop in points of mAP50-95 against the float32 file, and the agreement with it, which is mAP50-95
-with the float32 file's detections of a score of 0.25 or more as truth, all classes pooled. Writes
-`benchmarks/results/views-NAME.json` and `.md`.
+six views: the drop in points of mAP50-95 against the float32 file; the agreement with it, which is mAP50-95 with the
+float32 file's detections of a score of 0.25 or more as truth, all classes pooled; and how far the logits of these
+objects scatter from float32's, and how many of them are found. Writes `benchmarks/results/views-NAME.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -23,21 +25,26 @@ import numpy as np
 import typer
 from ablation import development_root
 from numpy.typing import NDArray
+from pycocotools import mask
 
 from quantrack.datasets.coco import Category, EvaluationSet, Picture, TrueBox, load_evaluation_set
 from quantrack.datasets.pictures import PAD_VALUE, letterbox, read_picture
+from quantrack.errors import QuantrackError
 from quantrack.evaluation.coco_metrics import evaluate_coco
 from quantrack.evaluation.decode import decode
 from quantrack.evaluation.types import Detection
-from quantrack.onnx.inspect import file_facts
+from quantrack.files import file_digest
+from quantrack.onnx.inspect import ModelFacts, file_facts
 from quantrack.progress import track
 from quantrack.runtime.session import Session, open_session
 from quantrack.tracking.environment import cpu_name, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SURE = 0.25
+SAME_OBJECT = 0.6  # intersection over union
 APART = 100_000.0  # between classes, so that pooled boxes of two classes never overlap
 POOLED = Category(1, "any")
+COLUMNS = (("drops", "{:.2f}"), ("agreements", "{:.4f}"), ("scatters", "{:.3f}"), ("found", "{:.3f}"))
 
 
 @dataclass(frozen=True)
@@ -80,19 +87,48 @@ def main(
     name: Annotated[str, typer.Option(help="Name of the result files.")],
 ) -> None:
     """Measure all files in all views and write the table."""
+    try:
+        print(measure(reference, data_root, files, name))
+    except QuantrackError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def measure(reference: Path, data_root: Path, files: Sequence[Path], name: str) -> str:
+    """The table, written anew after each file.
+
+    Raises:
+        QuantrackError: a file cannot be opened, or is of another head or input size than the float32 file.
+    """
+    facts = [_facts(path) for path in (reference, *files)]
+    for path, one in zip(files, facts[1:], strict=True):
+        if (one.head, one.imgsz) != (facts[0].head, facts[0].imgsz):
+            raise QuantrackError(
+                f"{path}: head {one.head}, {one.imgsz} px; {reference} has {facts[0].head}, {facts[0].imgsz}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         pictures = load_evaluation_set(development_root(data_root.resolve(), Path(folder)), 0)
         expected = detections_in_views(reference, pictures)
-        plain = [100 * score(view.of_set(pictures), found) for view, found in zip(VIEWS, expected, strict=True)]
+        scores = [100 * score(view.of_set(pictures), found) for view, found in zip(VIEWS, expected, strict=True)]
         rows: list[dict[str, object]] = []
-        for path in files:
+        for path, own_facts in zip(files, facts[1:], strict=True):
             found = detections_in_views(path, pictures)
             own = [100 * score(view.of_set(pictures), each) for view, each in zip(VIEWS, found, strict=True)]
-            drops = [before - after for before, after in zip(plain, own, strict=True)]
+            drops = [before - after for before, after in zip(scores, own, strict=True)]
             agreements = [agreement(pictures, *pair) for pair in zip(expected, found, strict=True)]
-            rows.append({"name": path.stem, "drops": drops, "agreements": agreements})
+            shifts = [logit_shifts(*pair) for pair in zip(expected, found, strict=True)]
+            rows.append(
+                {
+                    "name": path.stem, "sha256": file_digest(path), "facts": asdict(replace(own_facts, class_names=())),
+                    "drops": drops, "agreements": agreements, "scatters": [each.scatter for each in shifts],
+                    "found": [each.found for each in shifts],
+                }
+            )  # fmt: skip
             text = write(name, rows, pictures)
-    print(text)
+    return text
+
+
+def _facts(path: Path) -> ModelFacts:
+    return file_facts(path, "one2one", open_session(path, "auto").imgsz)
 
 
 def detections_in_views(path: Path, pictures: EvaluationSet) -> list[tuple[Detection, ...]]:
@@ -102,7 +138,7 @@ def detections_in_views(path: Path, pictures: EvaluationSet) -> list[tuple[Detec
 
 
 def _detect(session: Session, pictures: EvaluationSet, view: View, what: str) -> Iterable[Detection]:
-    head = file_facts(session.path, "one2one", session.imgsz).head
+    head = _facts(session.path).head
     category_ids = [category.id for category in pictures.categories]
     for picture in track(pictures.pictures, f"{what}, {view.size}{' mirrored' if view.mirrored else ''}"):
         image, fit = letterbox(view.of(read_picture(picture.path)), session.imgsz)
@@ -124,6 +160,56 @@ def agreement(pictures: EvaluationSet, expected: Sequence[Detection], found: Seq
     return score(replace(pictures, boxes=truth, categories=(POOLED,)), [pooled(one) for one in found])
 
 
+@dataclass(frozen=True)
+class LogitShifts:
+    """Of another network's sure objects: the standard deviation of what was added to their logits, and the share found.
+
+    What is added to all alike moves no detection before another, so it does not count; an object that is not found does
+    not enter the scatter, which is None where none is.
+    """
+
+    scatter: float | None
+    found: float
+
+
+def logit_shifts(expected: Sequence[Detection], found: Sequence[Detection]) -> LogitShifts:
+    """An object's score is that of the best detection of its class that overlaps it by `SAME_OBJECT` or more."""
+    before, after = _by_picture_and_class(expected), _by_picture_and_class(found)
+    shifts: list[float] = []
+    objects = 0
+    for key, detections in before.items():
+        for one in detections:
+            if one.score < SURE or best_overlapping(one, detections) is not one:
+                continue
+            objects += 1
+            again = best_overlapping(one, after.get(key, []))
+            if again is not None:
+                shifts.append(logit(again.score) - logit(one.score))
+    return LogitShifts(float(np.std(shifts)) if shifts else None, len(shifts) / max(1, objects))
+
+
+def _by_picture_and_class(detections: Sequence[Detection]) -> dict[tuple[int, int], list[Detection]]:
+    groups: dict[tuple[int, int], list[Detection]] = defaultdict(list)
+    for one in detections:
+        groups[one.image_id, one.category_id].append(one)
+    return groups
+
+
+def best_overlapping(detection: Detection, candidates: Sequence[Detection]) -> Detection | None:
+    """The best of those that are the same object, if any is."""
+    if not candidates:
+        return None
+    overlaps = mask.iou(np.array([one.xywh for one in candidates]), np.array([detection.xywh]), [0])[:, 0]
+    same = [one for one, overlap in zip(candidates, overlaps, strict=True) if overlap >= SAME_OBJECT]
+    return max(same, key=lambda one: one.score, default=None)
+
+
+def logit(score: float) -> float:
+    """The inverse of the sigmoid."""
+    bounded = min(max(score, 1e-6), 1 - 1e-6)
+    return math.log(bounded / (1 - bounded))
+
+
 def pooled(detection: Detection) -> Detection:
     """A detection of the one class that all are pooled in, out of the way of those of other classes."""
     x, y, width, height = detection.xywh
@@ -139,14 +225,18 @@ def write(name: str, rows: Sequence[dict[str, object]], pictures: EvaluationSet)
     }  # fmt: skip
     base = ROOT / f"benchmarks/results/views-{name}"
     base.with_suffix(".json").write_text(json.dumps(context | {"files": list(rows)}, indent=2) + "\n")
-    lines = ["| file | drop, six views | agreement |", "| --- | ---: | ---: |"]
+    lines = ["| file | drop, points | agreement | scatter of logits | objects found |", "| --- |" + 4 * " ---: |"]
     for row in rows:
-        means = [float(np.mean(np.asarray(row[key]))) for key in ("drops", "agreements")]
-        lines.append(f"| {row['name']} | {means[0]:.2f} | {means[1]:.4f} |")
+        cells = [form.format(_mean(row[key])) for key, form in COLUMNS]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     lines += ["", f"{date}, {context['cpu']}, {len(pictures.pictures)} pictures."]
     text = "\n".join(lines) + "\n"
     base.with_suffix(".md").write_text(text)
     return text
+
+
+def _mean(values: object) -> float:
+    return float(np.mean(np.array(values, dtype=np.float64)))
 
 
 if __name__ == "__main__":

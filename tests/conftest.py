@@ -21,7 +21,7 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)  # a folder's conftest may have loaded it before
+        torch.set_num_threads(1)  # loaded by now, and so beyond the variable
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

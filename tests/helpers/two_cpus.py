@@ -4,6 +4,8 @@ A module of its own, as the processes that the trainer starts import it by name.
 """
 
 import json
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ class OnCpu(nn.parallel.DistributedDataParallel):
 
 
 class OnTwoCpus(FineTuning):
-    """Writes what each process has learned, and its loss, after each batch into `rank-N.jsonl`."""
+    """Writes each batch's pictures, and what its process has learned after it, into `rank-N.jsonl`."""
 
     world_size = property(lambda trainer: 2, lambda trainer, number_of_gpus: None)
 
@@ -33,11 +35,15 @@ class OnTwoCpus(FineTuning):
     def _setup_ddp(self) -> None:
         torch.set_num_threads(1)
         nn.parallel.DistributedDataParallel = OnCpu
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.pictures = [Path(path).name for path in batch["im_file"]]
+        return super().preprocess_batch(batch)
 
     def _end_batch(self) -> None:
         super()._end_batch()
         learned = torch.cat([parameter.detach().flatten() for parameter in self.model.module.parameters()])
-        seen = {"learned": float(learned.double().square().sum()), "loss": float(self.loss.detach())}
+        seen = {"pictures": self.pictures, "learned": float(learned.double().square().sum())}
         with (self.job.folder / f"rank-{RANK}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")

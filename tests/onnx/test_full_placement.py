@@ -87,7 +87,7 @@ def shapes_of_silus(path: Path) -> list[list[int]]:
 
 
 def test_silu_in_one_operator_gives_the_same(small, tmp_path):
-    """By ONNX Runtime's kernel, and by the function in the file where a runtime has none."""
+    """As ONNX Runtime computes it."""
     path, target = tmp_path / "float.onnx", tmp_path / "silu.onnx"
     plain = read_graph(small.files("w8a8").optimized)
     strip_activation_quantizers(plain)
@@ -101,20 +101,45 @@ def test_silu_in_one_operator_gives_the_same(small, tmp_path):
     np.testing.assert_allclose(open_session(target, "cpu", REFERENCE).run(image), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_any_runtime_can_read_silu():
-    value, node = helper.make_tensor_value_info, helper.make_node
-    nodes = [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"], name="product")]
-    graph = helper.make_graph(nodes, "g", [value("x", 1, [2, 3])], [value("y", 1, [2, 3])])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    merged = silu_in_float(Graph(model))
-    assert [item.op_type for item in merged.nodes] == [SILU]
+def silu_model(nodes: list[onnx.NodeProto], outputs: list[str], sides: list[object]) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [value(name, 1, sides) for name in "xz"], [value(o, 1, None) for o in outputs]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def two_silus(sides: list[object]) -> onnx.ModelProto:
+    node = helper.make_node
+    nodes = [
+        node("Sigmoid", ["x"], ["s"]),
+        node("Mul", ["x", "s"], ["y"], name="first"),
+        node("Sigmoid", ["y"], ["t"]),
+        node("Mul", ["t", "y"], ["z2"], name="second"),
+    ]
+    return silu_model(nodes, ["z2"], sides)
+
+
+def test_the_file_defines_silu_for_other_runtimes():
+    merged = silu_in_float(Graph(two_silus([2, 3])))
+    assert [item.op_type for item in merged.nodes] == [SILU, SILU]
+    assert [item.domain for item in merged.model.opset_import].count("com.microsoft") == 1
+    assert len(merged.model.functions) == 1
     x = np.linspace(-6, 6, 6, dtype=np.float32).reshape(2, 3)
-    (y,) = ReferenceEvaluator(merged.model).run(None, {"x": x})
-    np.testing.assert_allclose(y, x / (1 + np.exp(-x)), rtol=1e-6)
+    (y,) = ReferenceEvaluator(merged.model).run(None, {"x": x, "z": x})
+    once = x / (1 + np.exp(-x))
+    np.testing.assert_allclose(y, once / (1 + np.exp(-once)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [["side", 3], [2**9, 2**10], None])
+def test_silus_of_large_or_unknown_size_stay(sides):
+    model = two_silus(sides)
+    assert silu_in_float(Graph(model)).nodes == list(two_silus(sides).graph.node)
+    assert not model.functions
 
 
 def test_only_silu_is_written_as_one_operator():
-    value, node = helper.make_tensor_value_info, helper.make_node
+    node = helper.make_node
     nodes = [
         node("Sigmoid", ["x"], ["gate"]),
         node("Mul", ["z", "gate"], ["gated"]),  # another tensor's gate
@@ -123,9 +148,11 @@ def test_only_silu_is_written_as_one_operator():
         node("Sigmoid", ["y"], ["used"]),
         node("Mul", ["y", "used"], ["silu"]),
         node("Neg", ["used"], ["twice"]),  # its sigmoid is used elsewhere
+        node("Relu", ["z"], ["v"]),
+        node("Sigmoid", ["v"], ["shown"]),  # its sigmoid is an output
+        node("Mul", ["v", "shown"], ["other"]),
     ]
-    outputs = [value(name, 1, [1, 3]) for name in ("gated", "scores", "silu", "twice")]
-    model = helper.make_model(helper.make_graph(nodes, "g", [value(name, 1, [1, 3]) for name in "xz"], outputs))
+    model = silu_model(nodes, ["gated", "scores", "silu", "twice", "shown", "other"], [1, 3])
     assert silu_in_float(Graph(model)).nodes == nodes
     assert not model.functions
 

@@ -28,7 +28,7 @@ from quantrack.onnx.graph import Graph, read_graph, write_graph
 from quantrack.onnx.grid_assignment import ALIGN_SHARE, SAME_GRID, ConvInput, assign_grids
 from quantrack.onnx.integer_kernels import suit_integer_kernels, take_wholes
 
-INTEGER_OPERATORS = frozenset({SILU, "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
+BETWEEN_QUANTIZERS = frozenset({SILU, "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
 INT32 = np.iinfo(np.int32)
 
 
@@ -91,14 +91,14 @@ def strip_activation_quantizers(graph: Graph) -> dict[str, ConvInput]:
 
 
 def tensors_to_quantize(graph: Graph, conv_inputs: Mapping[str, ConvInput]) -> set[str]:
-    """Every activation that an integer kernel takes or gives, on the way to a quantized convolution or out of one."""
+    """Every activation that these operators take or give, on the way to a quantized convolution or out of one."""
     upstream = _upstream(graph, [conv_input.tensor for conv_input in conv_inputs.values()])
     chosen = {conv_input.tensor for conv_input in conv_inputs.values()}
     on_integers = {item.name for item in graph.model.graph.input}
     for node in graph.nodes:
         if node.op_type == "Conv" and node.name in conv_inputs:
             on_integers.update(node.output)
-        elif node.op_type in INTEGER_OPERATORS and node.output[0] in upstream and on_integers & set(node.input):
+        elif node.op_type in BETWEEN_QUANTIZERS and node.output[0] in upstream and on_integers & set(node.input):
             activations = [name for name in node.input if name not in graph.initializers and name]
             # a product with a constant, as in attention, has no integer kernel without quantizing the constant
             if node.op_type in SAME_GRID or len(activations) == len(node.input):

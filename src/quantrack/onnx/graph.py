@@ -37,12 +37,13 @@ class Graph:
         return np.asarray(numpy_helper.to_array(self.initializers[name]))
 
     def shapes(self) -> dict[str, list[int]]:
-        """The sides of every tensor that a node makes, inferred; 0 for one that is not fixed."""
+        """The sides of the tensors inside the graph whose rank can be inferred; 0 for one that is not fixed."""
         bare = onnx.ModelProto()
         bare.CopyFrom(self.model)
         del bare.graph.value_info[:]
         inferred = onnx.shape_inference.infer_shapes(bare).graph.value_info
-        return {item.name: [side.dim_value for side in item.type.tensor_type.shape.dim] for item in inferred}
+        known = [item for item in inferred if item.type.tensor_type.HasField("shape")]
+        return {item.name: [side.dim_value for side in item.type.tensor_type.shape.dim] for item in known}
 
     def add(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
         """Add a constant under a name that is free; returns the name."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from ultralytics.utils import LOCAL_RANK, RANK
 
-from quantrack.detector.training import FineTuning
+from quantrack.detector.training import Epoch, FineTuning
 
 
 class OnCpu(nn.parallel.DistributedDataParallel):
@@ -47,3 +47,9 @@ class OnTwoCpus(FineTuning):
         seen = {"pictures": self.pictures, "learned": float(learned.double().square().sum())}
         with (self.job.folder / f"rank-{RANK}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
+
+
+def note(folder: Path, epoch: Epoch) -> None:
+    """Write an epoch's number into `epochs`."""
+    with (folder / "epochs").open("a") as file:
+        file.write(f"{epoch.number}\n")

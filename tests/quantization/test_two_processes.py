@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_cpus import OnTwoCpus
+from two_cpus import OnTwoCpus, note
 
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.demo import demo_folder
@@ -15,7 +15,7 @@ from quantrack.datasets.training import load_training_pictures
 from quantrack.detector import training
 from quantrack.detector.load import load_auxiliary_head, load_detector
 from quantrack.detector.student import Student
-from quantrack.detector.training import Epoch, TrainingJob, TrainingSettings, train
+from quantrack.detector.training import TrainingJob, TrainingSettings, train
 from quantrack.detector.yolo_labels import write_yolo_data
 from quantrack.evaluation.measure import score_model
 from quantrack.quantization.job import new_job
@@ -35,11 +35,6 @@ def quantized_student(settings: Qat) -> Student:
         step.apply(job)
     leave_dfl_float(job)
     return new_student(job, settings, load_auxiliary_head("demo", 0, trust_checkpoint=False))
-
-
-def note(folder: Path, epoch: Epoch) -> None:
-    with (folder / "epochs").open("a") as file:
-        file.write(f"{epoch.number}\n")
 
 
 def seen_by(rank: int, folder: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ def load_newer(path: Path) -> onnx.ModelProto:
         model = version_converter.convert_version(older, NEWER)
     except Exception as error:  # the converter raises whatever its adapters meet
         raise QuantrackError(f"{path}: cannot be turned into opset {NEWER} ({' '.join(str(error).split())})") from error
-    model.functions.extend(older.functions)  # the converter leaves them out
+    for function in older.functions:  # the converter leaves them out; what they are made of has not changed
+        model.functions.append(function)
+        for item in model.functions[-1].opset_import:
+            item.version = NEWER if not item.domain else item.version
     model.ir_version = max(model.ir_version, IR_VERSION)
     return model

@@ -99,7 +99,7 @@ def measure(reference: Path, data_root: Path, files: Sequence[Path], name: str) 
     Raises:
         QuantrackError: a file cannot be opened, or is of another head or input size than the float32 file.
     """
-    facts = [_facts(path) for path in (reference, *files)]
+    facts = [_facts(open_session(path, "auto")) for path in (reference, *files)]
     for path, one in zip(files, facts[1:], strict=True):
         if (one.head, one.imgsz) != (facts[0].head, facts[0].imgsz):
             raise QuantrackError(
@@ -127,8 +127,8 @@ def measure(reference: Path, data_root: Path, files: Sequence[Path], name: str) 
     return text
 
 
-def _facts(path: Path) -> ModelFacts:
-    return file_facts(path, "one2one", open_session(path, "auto").imgsz)
+def _facts(session: Session) -> ModelFacts:
+    return file_facts(session.path, "one2one", session.imgsz)
 
 
 def detections_in_views(path: Path, pictures: EvaluationSet) -> list[tuple[Detection, ...]]:
@@ -138,7 +138,7 @@ def detections_in_views(path: Path, pictures: EvaluationSet) -> list[tuple[Detec
 
 
 def _detect(session: Session, pictures: EvaluationSet, view: View, what: str) -> Iterable[Detection]:
-    head = _facts(session.path).head
+    head = _facts(session).head
     category_ids = [category.id for category in pictures.categories]
     for picture in track(pictures.pictures, f"{what}, {view.size}{' mirrored' if view.mirrored else ''}"):
         image, fit = letterbox(view.of(read_picture(picture.path)), session.imgsz)

@@ -28,6 +28,7 @@ def load_newer(path: Path) -> onnx.ModelProto:
     for function in older.functions:  # the converter leaves them out; what they are made of has not changed
         model.functions.append(function)
         for item in model.functions[-1].opset_import:
-            item.version = NEWER if not item.domain else item.version
+            if not item.domain:
+                item.version = NEWER
     model.ir_version = max(model.ir_version, IR_VERSION)
     return model

@@ -20,6 +20,7 @@ import typer
 from accuracy_table import ROOT, add_result
 
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
@@ -29,18 +30,20 @@ PLAIN = Gptq(importance_share=0.0, centred=False, scale_factors=(1.0,), sweeps=0
 WEIGHED = replace(PLAIN, importance_share=Gptq.importance_share)
 CENTRED = replace(WEIGHED, centred=True)
 SCALED = replace(CENTRED, scale_factors=Gptq.scale_factors)
+OWN_CHANNELS = tuple(step for step in CALIBRATED if not isinstance(step, ChannelEqualization))
 # Each rung keeps what the one before it has.
 LADDER = (
-    Recipe("1-nearest", CALIBRATED),
-    Recipe("2-bias-correction", (*CALIBRATED, BiasCorrection())),
-    Recipe("3-gptq", (*CALIBRATED, PLAIN, BiasCorrection())),
-    Recipe("4-importance", (*CALIBRATED, WEIGHED, BiasCorrection())),
-    Recipe("5-centred", (*CALIBRATED, CENTRED, BiasCorrection())),
-    Recipe("6-scale-factors", (*CALIBRATED, SCALED, BiasCorrection())),
-    Recipe("7-sweeps", (*CALIBRATED, Gptq(), BiasCorrection())),
-    Recipe("8-range-search", RECIPES["default"]),
-    Recipe("9-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
-    Recipe("10-across-channels", RECIPES["best"]),
+    Recipe("1-nearest", OWN_CHANNELS),
+    Recipe("2-bias-correction", (*OWN_CHANNELS, BiasCorrection())),
+    Recipe("3-gptq", (*OWN_CHANNELS, PLAIN, BiasCorrection())),
+    Recipe("4-importance", (*OWN_CHANNELS, WEIGHED, BiasCorrection())),
+    Recipe("5-centred", (*OWN_CHANNELS, CENTRED, BiasCorrection())),
+    Recipe("6-scale-factors", (*OWN_CHANNELS, SCALED, BiasCorrection())),
+    Recipe("7-sweeps", (*OWN_CHANNELS, Gptq(), BiasCorrection())),
+    Recipe("8-range-search", (*OWN_CHANNELS, ActivationRangeSearch(), Gptq(), BiasCorrection())),
+    Recipe("9-equalized-channels", RECIPES["default"]),
+    Recipe("10-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
+    Recipe("11-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

@@ -16,6 +16,7 @@ from quantrack.detector.training import TrainingJob, TrainingSettings, train
 from quantrack.detector.yolo_labels import write_yolo_data
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes, score_model
+from quantrack.quantization.channel_equalization import require_scales_of_tensors
 from quantrack.quantization.job import new_job
 from quantrack.quantization.qat import Qat, leave_dfl_float, new_student, take_over_student
 from quantrack.quantization.state import read_quantized
@@ -71,6 +72,8 @@ def train_and_prove(settings: QatSettings) -> None:
         start = starting_run(settings, detector, evaluation_set, calibration)
         job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
         job.model = read_quantized(start_state(start, settings, detector, folder), job.float_model)
+        if settings.wants_one_scale:
+            require_scales_of_tensors(job.model, settings.wants_one_scale)
         leave_dfl_float(job)
         quantization = Qat(settings.lr0, settings.lr0_scales, settings.distill_weight, settings.amp)
         auxiliary = None

@@ -31,14 +31,14 @@ from quantrack.runtime.session import REFERENCE, open_session
 
 @pytest.fixture(scope="session")
 def observed(small):
-    path = small.files("w8a8").optimized
+    path = small.files("w8a8", placement="full").optimized
     return observe_tensors(path, observable_tensors(path), small.calibration.batches(small.SIZE, 1), 2, "cpu")
 
 
 @pytest.fixture(scope="session")
 def full(small, observed, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("full") / "full.onnx"
-    place_everywhere(small.files("w8a8").optimized, target, observed)
+    place_everywhere(small.files("w8a8", placement="full").optimized, target, observed)
     onnx.checker.check_model(onnx.load(target), full_check=True)
     return target
 
@@ -53,9 +53,9 @@ def optimized_operators(path: Path, folder: Path) -> Counter:
 
 
 def test_every_quantized_convolution_becomes_an_integer_kernel(small, full, tmp_path):
-    before = optimized_operators(small.files("w8a8").optimized, tmp_path)
+    before = optimized_operators(small.files("w8a8", placement="full").optimized, tmp_path)
     after = optimized_operators(full, tmp_path)
-    convolutions = small.files("w8a8").optimized_nodes["Conv"]
+    convolutions = small.files("w8a8", placement="full").optimized_nodes["Conv"]
     assert before["QLinearConv"] <= 2  # results that go to the next convolution's quantizer without an activation
     assert after["QLinearConv"] == convolutions - 1
     assert after["Conv"] == 1  # DFL
@@ -67,9 +67,9 @@ def test_every_quantized_convolution_becomes_an_integer_kernel(small, full, tmp_
 
 def test_large_silus_are_integer_kernels(small, observed, tmp_path, monkeypatch):
     target = tmp_path / "full.onnx"
-    sizes = sorted(prod(shape) for shape in shapes_of_silus(small.files("w8a8").optimized))
+    sizes = sorted(prod(shape) for shape in shapes_of_silus(small.files("w8a8", placement="full").optimized))
     monkeypatch.setattr("quantrack.onnx.float_silu.MOST_VALUES", sizes[30])
-    place_everywhere(small.files("w8a8").optimized, target, observed)
+    place_everywhere(small.files("w8a8", placement="full").optimized, target, observed)
     after = optimized_operators(target, tmp_path)
     small_ones = sum(size <= sizes[30] for size in sizes)
     assert after["QuickGelu"] == small_ones
@@ -89,7 +89,7 @@ def shapes_of_silus(path: Path) -> list[list[int]]:
 def test_silu_in_one_operator_gives_the_same(small, tmp_path):
     """As ONNX Runtime computes it."""
     path, target = tmp_path / "float.onnx", tmp_path / "silu.onnx"
-    plain = read_graph(small.files("w8a8").optimized)
+    plain = read_graph(small.files("w8a8", placement="full").optimized)
     strip_activation_quantizers(plain)
     write_graph(plain, path)
     graph = silu_in_float(Graph(plain.model))
@@ -159,7 +159,7 @@ def test_only_silu_is_written_as_one_operator():
 
 def test_calibrated_grids_stay(small, full):
     """A convolution's input keeps its scale and zero point, or shares one that reaches further."""
-    calibrated = strip_activation_quantizers(read_graph(small.files("w8a8").optimized))
+    calibrated = strip_activation_quantizers(read_graph(small.files("w8a8", placement="full").optimized))
     graph = read_graph(full)
     same = 0
     for name, conv_input in calibrated.items():
@@ -187,7 +187,7 @@ def test_integer_kernels_compute_what_the_file_says(small, full):
 def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypatch, rewrite):
     monkeypatch.setattr("quantrack.onnx.full_placement.suit_integer_kernels", lambda graph: None)
     plain, rewritten = tmp_path / "plain.onnx", tmp_path / "rewritten.onnx"
-    place_everywhere(small.files("w8a8").optimized, plain, observed)
+    place_everywhere(small.files("w8a8", placement="full").optimized, plain, observed)
     graph = read_graph(plain)
     rewrite(graph)
     write_graph(graph, rewritten)
@@ -198,7 +198,7 @@ def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypat
 
 def test_wholes_are_taken_in_place_of_all_their_parts(small, tmp_path):
     path, target = tmp_path / "float.onnx", tmp_path / "wholes.onnx"
-    plain = read_graph(small.files("w8a8").optimized)
+    plain = read_graph(small.files("w8a8", placement="full").optimized)
     strip_activation_quantizers(plain)
     write_graph(plain, path)
     before = Counter(node.op_type for node in plain.nodes)
@@ -246,7 +246,7 @@ def test_detections_are_selected_on_integers(full):
 
 
 def test_the_one_to_many_head_too(small, tmp_path):
-    path, target = small.files("w4a8", "one2many").optimized, tmp_path / "full.onnx"
+    path, target = small.files("w4a8", "one2many", placement="full").optimized, tmp_path / "full.onnx"
     tensors = observable_tensors(path)
     ranges = observe_tensors(path, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
     place_everywhere(path, target, ranges)
@@ -255,7 +255,7 @@ def test_the_one_to_many_head_too(small, tmp_path):
 
 
 def test_observed_ranges_hold_every_value(small, observed):
-    path = small.files("w8a8").optimized
+    path = small.files("w8a8", placement="full").optimized
     name = next(iter(observed))
     session = open_session(path, "cpu")
     assert session.inference.get_outputs()[0].name == "output0"
@@ -265,7 +265,7 @@ def test_observed_ranges_hold_every_value(small, observed):
 
 def test_float_activations_are_refused(small, tmp_path):
     with pytest.raises(QuantrackError, match="no activation is quantized; full placement needs a W4A8 or W8A8 model"):
-        place_everywhere(small.files("w8a16").optimized, tmp_path / "full.onnx", {})
+        place_everywhere(small.files("w8a16", placement="full").optimized, tmp_path / "full.onnx", {})
 
 
 def test_signed_activations_are_refused(small, tmp_path):
@@ -275,7 +275,7 @@ def test_signed_activations_are_refused(small, tmp_path):
 
 
 def test_what_is_cut_and_what_is_not(small, observed):
-    graph = read_graph(small.files("w8a8").optimized)
+    graph = read_graph(small.files("w8a8", placement="full").optimized)
     conv_inputs = strip_activation_quantizers(graph)
     graph = Graph(graph.model)
     tensors = tensors_to_quantize(graph, conv_inputs)

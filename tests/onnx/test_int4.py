@@ -44,7 +44,8 @@ def test_packed_weights_give_the_same_bits(small, tmp_path, mode):
 
 
 def test_integer_kernels_stay_with_full_placement(small, tmp_path):
-    source, full, target = small.files("w4a8").optimized, tmp_path / "full.onnx", tmp_path / "packed.onnx"
+    source = small.files("w4a8", placement="full").optimized
+    full, target = tmp_path / "full.onnx", tmp_path / "packed.onnx"
     tensors = observable_tensors(source)
     ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
     place_everywhere(source, full, ranges)

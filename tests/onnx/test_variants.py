@@ -8,6 +8,7 @@ from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
 from quantrack.onnx.files import for_tensorrt, in_float16
 from quantrack.onnx.tensorrt import require_tensorrt_ready
+from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.recipe import parse_recipe, recipe_for
 from quantrack.runtime.parity import measure_parity
@@ -49,7 +50,14 @@ def test_zero_points_and_clips_are_refused(small):
 @pytest.mark.parametrize("name", ["fast", "default", "best"])
 def test_recipes_for_tensorrt_are_symmetric(name):
     recipe = parse_recipe(name)
-    assert recipe_for("onnxruntime", recipe) is recipe
-    steps = recipe_for("tensorrt", recipe).steps
+    assert recipe_for("onnxruntime", "inputs", recipe) is recipe
+    steps = recipe_for("tensorrt", "inputs", recipe).steps
     assert steps[0] == InsertQuantizers(activation="symmetric")
-    assert steps[1:] == recipe.steps[1:]
+    assert steps[1:] == tuple(step for step in recipe.steps[1:] if not isinstance(step, ChannelEqualization))
+    assert len(steps) == len(recipe.steps) - 1
+
+
+def test_full_placement_keeps_one_scale_for_all_channels():
+    recipe = parse_recipe("default")
+    steps = recipe_for("onnxruntime", "full", recipe).steps
+    assert steps == tuple(step for step in recipe.steps if not isinstance(step, ChannelEqualization)) != recipe.steps

@@ -11,20 +11,24 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path
+from quantrack.onnx.graph import read_graph
+from quantrack.onnx.input_scales import fold_input_scales
 from quantrack.onnx.inspect import count_nodes, has_quantizers, load_onnx, require_same_qdq
 from quantrack.onnx.opset import load_newer
 
 
 def clean_graph(source: Path, target: Path) -> None:
-    """Fold constants and shapes of `source` into `target`, every Q/DQ node kept.
+    """Fold constants and shapes of `source` into `target`, and scales of channels; every Q/DQ node kept.
 
     Raises:
         QuantrackError: the simplifier failed or a Q/DQ node vanished.
     """
     before = count_nodes(source)
+    graph = read_graph(source)
+    fold_input_scales(graph)
     try:
         # convolutions that share an input have equal quantizers; merging those is ONNX Runtime's business
-        cleaned = onnxslim.slim(load_onnx(source), skip_optimizations=["subexpression_elimination"])
+        cleaned = onnxslim.slim(graph.model, skip_optimizations=["subexpression_elimination"])
     except Exception as error:  # the simplifier raises whatever its passes meet
         raise QuantrackError(f"{source}: onnxslim failed ({type(error).__name__}: {error})") from error
     with atomic_path(target) as temporary:

@@ -82,6 +82,10 @@ def strip_activation_quantizers(graph: Graph) -> dict[str, ConvInput]:
             raise QuantrackError(
                 f"{node.name}: signed activations; full placement needs asymmetric ones (every recipe but naive)"
             )
+        if zero_point.size > 1:
+            raise QuantrackError(
+                f"{node.name}: one scale a channel; full placement needs a recipe without channel_equalization"
+            )
         grid = Grid(float(graph.array(quantize.input[1])), int(zero_point))
         found[node.name] = ConvInput(quantize.input[0], grid)
         node.input[0] = quantize.input[0]

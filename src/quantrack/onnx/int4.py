@@ -49,10 +49,20 @@ def fits_int4(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether this dequantizes INT8 weights of a convolution that all lie in -8 to 7."""
     if node.op_type != "DequantizeLinear" or node.input[0] not in graph.initializers:
         return False
-    if not any(each.op_type == "Conv" and each.input[1] == node.output[0] for each in graph.consumers[node.output[0]]):
+    if convolution_of(graph, node.output[0]) is None:
         return False
     integers = graph.array(node.input[0]).astype(np.int64)
     return bool(integers.min() >= LOWEST and integers.max() <= HIGHEST)
+
+
+def convolution_of(graph: Graph, weights: str) -> onnx.NodeProto | None:
+    """The convolution that takes these weights, multiplied by the scales of its input's channels or not."""
+    for node in graph.consumers[weights]:
+        if node.op_type == "Conv" and node.input[1] == weights:
+            return node
+        if node.op_type == "Mul" and node.input[0] == weights:
+            return convolution_of(graph, node.output[0])
+    return None
 
 
 def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -60,7 +70,8 @@ def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
     name = f"{dequantize.input[0]}/int4"
     integers = graph.array(dequantize.input[0])
     graph.model.graph.initializer.append(numpy_helper.from_array(_as_int4(integers), name))
-    convolution = graph.consumers[dequantize.output[0]][0]
+    convolution = convolution_of(graph, dequantize.output[0])
+    assert convolution is not None
     if any(node.op_type == "QuantizeLinear" for node in graph.consumers[convolution.output[0]]):
         dequantize.input[0] = f"{name}/int8"
         return [helper.make_node("Cast", [name], [f"{name}/int8"], name=f"{name}/Cast", to=onnx.TensorProto.INT8)]

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from quantrack.quantization.importance import output_importance, with_covariance
 from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
+    QuantizedConvolution,
     clamp_integers,
     fake_quantize,
     layers_of_block,
@@ -133,10 +133,10 @@ class Gptq:
                     yield curvatures
                 walk.advance(block)
 
-    def round_layer(self, layer: qnn.QuantConv2d, curvature: Curvature) -> tuple[float, float]:
+    def round_layer(self, layer: QuantizedConvolution, curvature: Curvature) -> tuple[float, float]:
         """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""
         bits, scale = weight_bits(layer), weight_scale(layer)
-        hessian = curvature.centred if self.centred else curvature.inputs
+        hessian = as_equalized(curvature.centred if self.centred else curvature.inputs, layer)
         weight = grouped(layer.weight.detach(), layer.groups)
         nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
         factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
@@ -156,7 +156,7 @@ class Gptq:
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
         return float(errors[0]), float(errors[1])
 
-    def chunks(self, layers: Mapping[str, qnn.QuantConv2d]) -> Iterator[list[str]]:
+    def chunks(self, layers: Mapping[str, QuantizedConvolution]) -> Iterator[list[str]]:
         """Layer names in order, as many at a time as the memory holds Hessians for."""
         names: list[str] = []
         used = 0.0
@@ -262,7 +262,7 @@ def collect_curvatures(walk: BlockWalk, block: Block, names: list[str], position
 
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
-        x = quantized_input(layer, inputs[0]) if isinstance(layer, qnn.QuantConv2d) else inputs[0]
+        x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
         drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
         columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
         seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
@@ -289,7 +289,7 @@ def collect_curvatures(walk: BlockWalk, block: Block, names: list[str], position
 
 
 @contextmanager
-def unrounded(layers: Mapping[str, qnn.QuantConv2d], weights: Mapping[str, Tensor]) -> Iterator[None]:
+def unrounded(layers: Mapping[str, QuantizedConvolution], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let layers compute with these weights as they are, for a while."""
     own = {name: layer.weight.data for name, layer in layers.items()}
     try:
@@ -306,6 +306,15 @@ def unrounded(layers: Mapping[str, qnn.QuantConv2d], weights: Mapping[str, Tenso
 def grouped(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight [O, I/G, kh, kw] as [G, O/G, D] with D = I/G * kh * kw."""
     return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def as_equalized(hessian: Tensor, layer: QuantizedConvolution) -> Tensor:
+    """A Hessian [G, D, D] of a convolution's input, after the layer has equalized its channels."""
+    if layer.input_scale is None:
+        return hessian
+    kernel = layer.weight.shape[2] * layer.weight.shape[3]
+    factors = layer.input_scale.reshape(layer.groups, -1).repeat_interleave(kernel, dim=1)
+    return hessian * factors[:, :, None] * factors[:, None, :]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

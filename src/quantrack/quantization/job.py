@@ -18,11 +18,41 @@ from quantrack.schemes import Scheme
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """One convolution's input over the calibration pictures: its range, and values drawn from it."""
+    """One convolution's input over the calibration pictures: each channel's range [C], and values drawn from it.
 
-    minimum: float
-    maximum: float
+    `sample` [N] are these values, `sample_channels` [N] the channels that they are of.
+    """
+
+    channel_minimum: Tensor
+    channel_maximum: Tensor
     sample: Tensor
+    sample_channels: Tensor
+
+    @property
+    def minimum(self) -> float:
+        return float(self.channel_minimum.min())
+
+    @property
+    def maximum(self) -> float:
+        return float(self.channel_maximum.max())
+
+    @property
+    def channel_variance(self) -> float:
+        """The variance about each channel's own mean, averaged over the values drawn."""
+        zeros = torch.zeros_like(self.channel_minimum)
+        counts = zeros.index_add(0, self.sample_channels, torch.ones_like(self.sample)).clamp_min(1)
+        means = zeros.index_add(0, self.sample_channels, self.sample) / counts
+        return float((self.sample - means[self.sample_channels]).square().mean())
+
+    def divided(self, divisors: Tensor) -> ActivationStatistics:
+        """What would have been seen of the input with its channels divided by these [C]."""
+        own = divisors.to(self.sample.device)
+        return ActivationStatistics(
+            self.channel_minimum / own,
+            self.channel_maximum / own,
+            self.sample / own[self.sample_channels],
+            self.sample_channels,
+        )
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import brevitas.nn as qnn
 import torch
@@ -25,6 +26,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from quantrack.detector.blocks import Block
+from quantrack.errors import QuantrackError
 
 INT8_BITS = 8
 UNSET = 12345.0  # marks a scale that no step has set yet; no calibration gives this very number
@@ -58,6 +60,23 @@ class AsymmetricActivation(UintQuant, PerTensorFloatScaling8bit, ActQuantSolver)
 ACTIVATION_QUANTIZERS = {"symmetric": SymmetricActivation, "asymmetric": AsymmetricActivation}
 
 
+class QuantizedConvolution(qnn.QuantConv2d):
+    """Brevitas' convolution, of an input whose channels are multiplied by `input_scale` [1, I, 1, 1] first.
+
+    None, where no step has equalized channels: the input is taken as it is.
+    """
+
+    input_scale: Tensor | None
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:  # noqa: ANN401 - Brevitas is untyped
+        super().__init__(*arguments, **settings)
+        self.register_buffer("input_scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x if self.input_scale is None else x * self.input_scale)
+        return output
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """How one convolution is quantized; `activation` is None where its input stays float."""
@@ -79,9 +98,9 @@ def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
         setattr(model.get_submodule(parent), child, _quantized_twin(convolution, layer_plan))
 
 
-def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> qnn.QuantConv2d:
+def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> QuantizedConvolution:
     """The same convolution, its weights shared, with quantizers."""
-    twin = qnn.QuantConv2d(
+    twin = QuantizedConvolution(
         convolution.in_channels,
         convolution.out_channels,
         convolution.kernel_size,
@@ -98,17 +117,21 @@ def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> qnn.QuantConv2d:
     )
     twin.weight = convolution.weight
     twin.bias = convolution.bias
-    return twin.to(convolution.weight.device).eval().requires_grad_(False)
+    twin.to(convolution.weight.device).eval().requires_grad_(False)
+    return twin
 
 
 def layer_plans(model: nn.Module) -> dict[str, LayerPlan]:
     """How each quantized convolution is quantized: what `insert_quantizers` was given."""
-    return {
-        name: LayerPlan(weight_bits(layer), _activation_kind(layer)) for name, layer in quantized_layers(model).items()
-    }
+    return {name: layer_plan(layer) for name, layer in quantized_layers(model).items()}
 
 
-def _activation_kind(layer: qnn.QuantConv2d) -> str | None:
+def layer_plan(layer: QuantizedConvolution) -> LayerPlan:
+    """How one convolution is quantized."""
+    return LayerPlan(weight_bits(layer), _activation_kind(layer))
+
+
+def _activation_kind(layer: QuantizedConvolution) -> str | None:
     if not layer.input_quant.is_quant_enabled:
         return None
     return "symmetric" if layer.input_quant.is_signed else "asymmetric"
@@ -120,7 +143,7 @@ def scales_are_set(model: nn.Module) -> bool:
     return bool(scalings) and not any(bool((scaling == UNSET).all()) for scaling in scalings)
 
 
-def _scalings(layer: qnn.QuantConv2d) -> list[Tensor]:
+def _scalings(layer: QuantizedConvolution) -> list[Tensor]:
     """The parameters that hold a layer's scales."""
     quantizers = [layer.weight_quant]
     if layer.input_quant.is_quant_enabled:
@@ -128,23 +151,56 @@ def _scalings(layer: qnn.QuantConv2d) -> list[Tensor]:
     return [quantizer.tensor_quant.scaling_impl.value for quantizer in quantizers]
 
 
-def quantized_layers(model: nn.Module) -> dict[str, qnn.QuantConv2d]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedConvolution]:
     """The quantized convolutions by module name, in module order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, qnn.QuantConv2d)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedConvolution)}
 
 
-def layers_of_block(model: nn.Module, block: Block) -> dict[str, qnn.QuantConv2d]:
+def layers_of_block(model: nn.Module, block: Block) -> dict[str, QuantizedConvolution]:
     """The quantized convolutions of one block, by module name."""
     return {name: layer for name, layer in quantized_layers(model).items() if block.holds(name)}
 
 
-def quantized_input(layer: qnn.QuantConv2d, x: Tensor) -> Tensor:
-    """The input as the convolution sees it: through its quantizer, or as it is where that is off."""
-    seen: Tensor = getattr(layer.input_quant(x), "value", x)
-    return seen
+def quantized_input(layer: QuantizedConvolution, x: Tensor) -> Tensor:
+    """The input through its quantizer, or as it is where that is off; what equalizes channels is undone."""
+    if layer.input_scale is None:
+        seen: Tensor = getattr(layer.input_quant(x), "value", x)
+        return seen
+    scaled = x * layer.input_scale
+    seen = getattr(layer.input_quant(scaled), "value", scaled)
+    return seen / layer.input_scale
 
 
-def weight_bits(layer: qnn.QuantConv2d) -> int:
+def equalize(layer: QuantizedConvolution, divisors: Tensor) -> None:
+    """Divide the input's channels by `divisors` [I], and multiply the weights by them; both must be unquantized yet."""
+    if layer.input_scale is not None:
+        raise QuantrackError("this convolution's channels are equalized already")
+    layer.input_scale = (1 / divisors).reshape(1, -1, 1, 1)
+    layer.weight.data.mul_(of_weight_columns(divisors, layer))
+
+
+def of_weight_columns(channels: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A value of each input channel [I], where a weight [O, I/g, kh, kw] has it, broadcastable."""
+    if layer.groups == 1:
+        return channels.reshape(1, -1, 1, 1)
+    of_groups = channels.reshape(layer.groups, -1).repeat_interleave(layer.out_channels // layer.groups, dim=0)
+    return of_groups[:, :, None, None]
+
+
+def equalized_weight(float_weight: Tensor, layer: QuantizedConvolution) -> Tensor:
+    """A float convolution's weight as it must be after the layer has equalized its input's channels."""
+    if layer.input_scale is None:
+        return float_weight
+    return float_weight / of_weight_columns(layer.input_scale.flatten(), layer)
+
+
+def effective_weight(layer: QuantizedConvolution) -> Tensor:
+    """The quantized weights as they meet the input before its channels are equalized, [O, I/g, kh, kw]."""
+    weight: Tensor = layer.quant_weight().value.detach()
+    return weight if layer.input_scale is None else weight * of_weight_columns(layer.input_scale.flatten(), layer)
+
+
+def weight_bits(layer: QuantizedConvolution) -> int:
     """Bits of the layer's weights; asking the proxy instead would quantize them all to answer."""
     return int(layer.weight_quant.tensor_quant.msb_clamp_bit_width_impl().item())
 
@@ -169,20 +225,20 @@ def clamp_integers(integers: Tensor, bits: int) -> Tensor:
     return integers.clamp(*weight_range(bits))
 
 
-def set_weight_scale(layer: qnn.QuantConv2d, scale: Tensor) -> None:
+def set_weight_scale(layer: QuantizedConvolution, scale: Tensor) -> None:
     """Set the scale per output channel, shape [out_channels]."""
     parameter = layer.weight_quant.tensor_quant.scaling_impl.value
     lowest, _ = weight_range(weight_bits(layer))
     parameter.data.copy_((scale * -lowest).reshape(parameter.shape))  # Brevitas keeps the range, not the step
 
 
-def weight_scale(layer: qnn.QuantConv2d) -> Tensor:
+def weight_scale(layer: QuantizedConvolution) -> Tensor:
     """The scale per output channel, shape [out_channels]."""
     scale: Tensor = layer.quant_weight().scale
     return scale.detach().reshape(-1)
 
 
-def set_activation_range(layer: qnn.QuantConv2d, minimum: float, maximum: float) -> None:
+def set_activation_range(layer: QuantizedConvolution, minimum: float, maximum: float) -> None:
     """Set the input quantizer's range; a symmetric one covers the larger side."""
     quantizer = layer.input_quant.fused_activation_quant_proxy.tensor_quant
     scaling = quantizer.scaling_impl.value
@@ -224,7 +280,7 @@ class ActivationQuantization:
         return (127 if self.signed else 255 - self.zero_point) * self.scale
 
 
-def activation_quantization(layer: qnn.QuantConv2d) -> ActivationQuantization | None:
+def activation_quantization(layer: QuantizedConvolution) -> ActivationQuantization | None:
     """The input quantizer's scale and zero point; None where activations stay float."""
     proxy = layer.input_quant
     if not proxy.is_quant_enabled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,24 +14,29 @@ from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 
 
 class _Watcher:
-    """Running minimum and maximum of one layer's input, and values drawn from each batch."""
+    """Running minimum and maximum of each channel of one layer's input, and values drawn from each batch."""
 
     def __init__(self, values: int, generator: torch.Generator) -> None:
-        self.minimum, self.maximum = float("inf"), float("-inf")
         self.values, self.generator = values, generator
+        self.lowest: list[Tensor] = []
+        self.highest: list[Tensor] = []
         self.drawn: list[Tensor] = []
+        self.channels: list[Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        low, high = torch.aminmax(inputs[0])
-        self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
-        flat = inputs[0].flatten()
+        x = inputs[0].contiguous()
+        self.lowest.append(x.amin(dim=(0, 2, 3)).cpu())
+        self.highest.append(x.amax(dim=(0, 2, 3)).cpu())
+        flat = x.flatten()
         drawn = torch.randint(len(flat), (min(self.values, len(flat)),), generator=self.generator)
         self.drawn.append(flat[drawn.to(flat.device)].cpu())
+        self.channels.append(drawn // x[0, 0].numel() % x.shape[1])
 
     def statistics(self, name: str) -> ActivationStatistics:
-        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum)):
+        low, high = torch.stack(self.lowest).amin(dim=0), torch.stack(self.highest).amax(dim=0)
+        if not (low.isfinite().all() and high.isfinite().all()):
             raise QuantrackError(f"{name}: its input is not finite on the calibration pictures; check the weights")
-        return ActivationStatistics(self.minimum, self.maximum, torch.cat(self.drawn))
+        return ActivationStatistics(low, high, torch.cat(self.drawn), torch.cat(self.channels))
 
 
 @dataclass(frozen=True)

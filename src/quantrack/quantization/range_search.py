@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import brevitas.nn as qnn
 from torch import Tensor
 
 from quantrack.detector.heads import head_levels
@@ -27,7 +26,12 @@ from quantrack.quantization.activation_ranges import Range
 from quantrack.quantization.divergence import Divergence
 from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
-from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range
+from quantrack.quantization.layers import (
+    QuantizedConvolution,
+    activation_quantization,
+    quantized_layers,
+    set_activation_range,
+)
 from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.schemes import Scheme
 
@@ -122,7 +126,7 @@ def outputs_and_features(apart: Divergence) -> Tensor:
     return apart.total(feature_weight=1.0)
 
 
-def range_of(layer: qnn.QuantConv2d) -> Range:
+def range_of(layer: QuantizedConvolution) -> Range:
     """The range of a layer's input grid."""
     chosen = activation_quantization(layer)
     assert chosen is not None
@@ -141,7 +145,7 @@ def clipped(whole: Range, shrink: float) -> Range:
 
 
 @contextmanager
-def input_rounded(layer: qnn.QuantConv2d, range_: Range) -> Iterator[None]:
+def input_rounded(layer: QuantizedConvolution, range_: Range) -> Iterator[None]:
     """Let a layer of a probe round its input, on a grid over this range."""
     set_activation_range(layer, *range_)
     layer.input_quant.disable_quant = False

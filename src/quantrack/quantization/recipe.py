@@ -17,6 +17,7 @@ from quantrack.quantization.activation_ranges import (
     PercentileActivationRanges,
 )
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.distillation import Distillation
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
@@ -30,6 +31,7 @@ from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightSc
 STEPS: dict[str, type[Step]] = {
     "insert_quantizers": InsertQuantizers,
     "observe_activations": ObserveActivations,
+    "channel_equalization": ChannelEqualization,
     "min_max_weight_scales": MinMaxWeightScales,
     "mse_weight_scales": MseWeightScales,
     "percentile_weight_scales": PercentileWeightScales,
@@ -42,7 +44,13 @@ STEPS: dict[str, type[Step]] = {
     "distillation": Distillation,
     "bias_correction": BiasCorrection,
 }
-CALIBRATED: tuple[Step, ...] = (InsertQuantizers(), ObserveActivations(), MseWeightScales(), MinMaxActivationRanges())
+CALIBRATED: tuple[Step, ...] = (
+    InsertQuantizers(),
+    ObserveActivations(),
+    ChannelEqualization(),
+    MseWeightScales(),
+    MinMaxActivationRanges(),
+)
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,18 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(path.stem, tuple(_step(item, path) for item in listed))
 
 
-def recipe_for(target: str, recipe: Recipe) -> Recipe:
-    """The recipe as a runtime can use it: TensorRT takes only activations with zero point 0."""
-    if target != "tensorrt":
-        return recipe
-    steps = (replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in recipe.steps)
-    return Recipe(recipe.name, tuple(steps))
+def recipe_for(target: str, placement: str, recipe: Recipe) -> Recipe:
+    """The recipe as a runtime can use it.
+
+    TensorRT takes only activations with zero point 0. Integer kernels and TensorRT want the same scale of all
+    channels of an activation where it is quantized, so channels are not equalized for them.
+    """
+    steps = recipe.steps
+    if target == "tensorrt":
+        steps = tuple(replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in steps)
+    if target == "tensorrt" or placement == "full":
+        steps = tuple(step for step in steps if not isinstance(step, ChannelEqualization))
+    return recipe if steps == recipe.steps else Recipe(recipe.name, steps)
 
 
 def step_name(step: Step) -> str:

@@ -17,6 +17,8 @@ def calibration_record(job: QuantizationJob, steps: Sequence[StepReport]) -> dic
         chosen = activation_quantization(layer)
         if chosen is not None:
             quantizers[name] = asdict(chosen) | {"minimum": chosen.minimum, "maximum": chosen.maximum}
+            if layer.input_scale is not None:  # what the input's channels are multiplied by before
+                quantizers[name]["channel_factors"] = layer.input_scale.flatten().tolist()
     return {
         "images": len(job.calibration.paths),
         "seed": job.seed,
@@ -51,6 +53,7 @@ def layer_records(job: QuantizationJob) -> list[dict[str, object]]:
                 "weight_scale_max": float(scales.max()),
                 "activation_bits": "float" if activation is None else 8,
                 "activation_scale": "none" if activation is None else _kind(activation.signed),
+                "channels_equalized": layer.input_scale is not None,
             }
         )
     return rows

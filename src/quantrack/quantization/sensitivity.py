@@ -30,7 +30,7 @@ from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_er
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, StepReport, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
-from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.layers import effective_weight, quantized_layers
 from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import Scheme
@@ -222,7 +222,7 @@ def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, Ro
             for bits in settings.bits:
                 gptq.round_layer(layers[bits][name], curvature)
     return {
-        name: RoundedLayer({bits: layers[bits][name].quant_weight().value.detach() for bits in settings.bits}, mean)
+        name: RoundedLayer({bits: effective_weight(layers[bits][name]) for bits in settings.bits}, mean)
         for name, mean in means.items()
     }
 

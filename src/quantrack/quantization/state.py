@@ -34,11 +34,13 @@ def model_of_state(state: Mapping[str, Any], float_model: nn.Module) -> nn.Modul
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dictionary; steps may have given a bias to convolutions that have none in the float model."""
+    """Load a state dictionary; steps may have given convolutions a bias, or scales of their input's channels."""
     for name in weights.keys() - model.state_dict().keys():
         parent, _, parameter = name.rpartition(".")
         if parameter == "bias":
             model.get_submodule(parent).bias = nn.Parameter(weights[name], requires_grad=False)
+        elif parameter == "input_scale":
+            model.get_submodule(parent).input_scale = torch.empty_like(weights[name])
     model.load_state_dict(weights)
 
 

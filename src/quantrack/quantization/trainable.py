@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from quantrack.quantization.layers import (
+    QuantizedConvolution,
     activation_quantization,
     clamp_integers,
+    equalized_weight,
     quantized_layers,
     set_activation_range,
     set_weight_scale,
@@ -80,13 +81,16 @@ class TrainableConvolution(nn.Module):
     `set_rounding` replaces the way in which units become integers, which is straight through at first.
     """
 
-    def __init__(self, layer: qnn.QuantConv2d, float_weight: Tensor) -> None:
+    def __init__(self, layer: QuantizedConvolution, float_weight: Tensor) -> None:
         super().__init__()
         scale = weight_scale(layer)
         self.bits = weight_bits(layer)
         self.scale: Tensor
         self.register_buffer("scale", scale.clone())
-        self.units = nn.Parameter(latent_units(layer.weight.detach(), float_weight.detach(), scale, self.bits))
+        self.input_scale: Tensor | None
+        self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.clone())
+        wanted = equalized_weight(float_weight.detach(), layer)
+        self.units = nn.Parameter(latent_units(layer.weight.detach(), wanted, scale, self.bits))
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias)
@@ -98,6 +102,8 @@ class TrainableConvolution(nn.Module):
         self.rounding: list[Callable[[Tensor], Tensor]] = [self.round_straight_through]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale
         if self.input_grid is not None:
             x = FakeQuantize.apply(x, self.input_log_change, self.input_grid)  # type: ignore[no-untyped-call]
         output: Tensor = conv2d(x, self.weight(), self.bias, *self.geometry)

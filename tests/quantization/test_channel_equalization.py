@@ -192,3 +192,14 @@ def test_runtimes_that_want_one_scale_are_protected(uneven_job: MakeJob) -> None
 def test_settings_validate_themselves(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="channel equalization"):
         ChannelEqualization(**settings)
+
+
+def test_a_layer_of_zeros_stays(uneven_job: MakeJob) -> None:
+    job = uneven_job("w4a8")
+    for model in (job.float_model, job.model):
+        model.model[1].weight.data.zero_()
+    equalized(job)
+    for name, layer in quantized_layers(job.model).items():
+        assert layer.input_scale is not None, name
+        assert layer.input_scale.isfinite().all()
+        assert layer.weight.isfinite().all()

@@ -38,6 +38,7 @@ from quantrack.quantization.layers import (
 )
 
 RATE = 0.06  # Adam's, of the logarithms of s
+LEAST = 1e-30  # error; a layer of zeros stays as it is
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ChannelEqualization:
         with torch.enable_grad():
             for _ in range(self.iterations):
                 optimizer.zero_grad()
-                error(logarithms.exp()).log().backward()  # type: ignore[no-untyped-call]
+                error(logarithms.exp()).clamp_min(LEAST).log().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 decay.step()
         found = (logarithms - logarithms.mean()).detach().exp()

@@ -178,6 +178,8 @@ def test_equalizing_twice_is_refused(uneven_job: MakeJob) -> None:
     job = equalized(uneven_job("w4a8"))
     with pytest.raises(QuantrackError, match="equalized already"):
         equalize(quantized_layers(job.model)["model.0"], torch.ones(3))
+    with pytest.raises(QuantrackError, match=r"model\.0's channels are equalized already; insert them first, once"):
+        FIRST_STEPS[0].apply(job)
 
 
 def test_runtimes_that_want_one_scale_are_protected(uneven_job: MakeJob) -> None:

@@ -3,6 +3,9 @@
 A convolution whose channels were equalized is exported with a Mul on its input. Where a QuantizeLinear
 follows, the Mul becomes its scale, one a channel (`axis` 1), while the DequantizeLinear keeps one for the
 tensor, as integer kernels want it. Where the input stays float, the weights are multiplied instead.
+
+A convolution whose result goes to a QuantizeLinear without an activation in between is multiplied itself, as
+ONNX Runtime would make an integer kernel of it, which takes one scale for its result.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ CHANNELS = 1  # of an activation [B, C, H, W]
 
 
 def fold_input_scales(graph: Graph) -> int:
-    """Remove every Mul by a constant a channel on the way into a convolution; returns how many there were."""
-    scalings = [node for node in graph.nodes if is_input_scale(graph, node)]
+    """Remove the Mul by a constant a channel on the way into each convolution; returns how many were removed."""
+    scalings = [node for node in graph.nodes if is_input_scale(graph, node) and not _has_to_stay(graph, node)]
     multiplied: dict[int, list[onnx.NodeProto]] = {}  # by the convolution that they go before
     for node in scalings:
         factors = graph.array(node.input[1]).astype(np.float32).flatten()
         (consumer,) = graph.consumers[node.output[0]]
         consumer.input[0] = node.input[0]
-        if consumer.op_type == "QuantizeLinear":
+        source = graph.producers.get(node.input[0])
+        if consumer.op_type == "QuantizeLinear" and source is not None and source.op_type == "Conv":
+            _multiply_results(graph, source, factors)
+        elif consumer.op_type == "QuantizeLinear":
             _scale_each_channel(graph, consumer, factors)
         else:
             multiplied[id(consumer)] = [_multiply_weights(graph, consumer, factors)]
@@ -54,6 +60,27 @@ def _leads_to_convolution(graph: Graph, name: str) -> bool:
     if consumer.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return _leads_to_convolution(graph, consumer.output[0])
     return consumer.op_type == "Conv" and consumer.input[0] == name
+
+
+def _has_to_stay(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether what is multiplied comes from a convolution straight to a quantizer, and cannot be multiplied there."""
+    source = graph.producers.get(node.input[0])
+    to_quantizer = graph.consumers[node.output[0]][0].op_type == "QuantizeLinear"
+    if source is None or source.op_type != "Conv" or not to_quantizer:
+        return False
+    weights = graph.producers.get(source.input[1])
+    own = weights is not None and weights.op_type == "DequantizeLinear" and len(graph.consumers[weights.output[0]]) == 1
+    return not own or len(graph.consumers[node.input[0]]) > 1
+
+
+def _multiply_results(graph: Graph, convolution: onnx.NodeProto, factors: NDArray[np.float32]) -> None:
+    """Multiply a convolution's output channels: the scales of its weights, and its bias."""
+    dequantize = graph.producers[convolution.input[1]]
+    scales = graph.array(dequantize.input[1]).astype(np.float32)
+    dequantize.input[1] = graph.add(f"{convolution.name}/scales", (scales.flatten() * factors).astype(np.float32))
+    if len(convolution.input) > 2:
+        bias = graph.array(convolution.input[2]).astype(np.float32)
+        convolution.input[2] = graph.add(f"{convolution.name}/bias", (bias * factors).astype(np.float32))
 
 
 def _scale_each_channel(graph: Graph, quantize: onnx.NodeProto, factors: NDArray[np.float32]) -> None:

@@ -90,11 +90,16 @@ def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
 
     Brevitas' own `layerwise_quantize` builds its layers on the meta device, where explicit scales
     cannot be made.
+
+    Raises:
+        QuantrackError: a convolution's channels are equalized already, so that its weights are not the float ones.
     """
     for name, layer_plan in plan.items():
         parent, _, child = name.rpartition(".")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, nn.Conv2d)
+        if getattr(convolution, "input_scale", None) is not None:
+            raise QuantrackError(f"insert quantizers: {name}'s channels are equalized already; insert them first, once")
         setattr(model.get_submodule(parent), child, _quantized_twin(convolution, layer_plan))
 
 

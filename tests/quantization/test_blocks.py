@@ -43,6 +43,8 @@ from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_
 from quantrack.schemes import parse_mode
 
 SIDE = 160
+# of ranges that do not depend on bits
+NOT_EQUALIZED = tuple(step for step in CALIBRATED if not isinstance(step, ChannelEqualization))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_trainable_twin_computes_what_brevitas_computes(job: QuantizationJob) ->
 
 
 def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> None:
-    apply_recipe(job, CALIBRATED)
+    apply_recipe(job, NOT_EQUALIZED)
     layer = quantized_layers(job.model)["model.4.cv1.conv"]
     low, high = range_of(layer)
     set_activation_range(layer, low, 16 * high)
@@ -158,7 +160,7 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     job: QuantizationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
-    apply_recipe(job, CALIBRATED)
+    apply_recipe(job, NOT_EQUALIZED)
     other = replace(job, scheme=parse_mode("w8a8"), model=copy.deepcopy(job.model))
     search = ActivationRangeSearch(layers=2, images=2)
     search.apply(job)
@@ -171,7 +173,7 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     kept.write_text("[1]")
     search.apply(other)  # of ranges that are not those before, so that this is another key
     other.model = copy.deepcopy(other.float_model)
-    apply_recipe(other, CALIBRATED)
+    apply_recipe(other, NOT_EQUALIZED)
     assert search.apply(other)["error_after"] > 0  # damaged, so measured again
     assert kept.read_text() != "[1]"
 
@@ -289,7 +291,7 @@ def test_trials_refuse_nonsense(settings: dict[str, object]) -> None:
 def test_gptq_is_as_good_as_brevitas_own_at_a_fraction_of_its_passes(job: QuantizationJob) -> None:
     weight_only = replace(job, scheme=parse_mode("w4a16"))
     # Brevitas' does not know what equalizes channels
-    apply_recipe(weight_only, [step for step in CALIBRATED if not isinstance(step, ChannelEqualization)])
+    apply_recipe(weight_only, NOT_EQUALIZED)
     theirs = replace(weight_only, model=copy.deepcopy(weight_only.model))
     Gptq(centred=False, output_sweeps=0).apply(weight_only)  # one layer's own error, its mean included
     with (

@@ -70,7 +70,8 @@ class ActivationRangeSearch:
     def kept_errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
         """As `errors`, measured once for the same model, pictures, ranges, settings and code.
 
-        Weights do not enter it, so w4a8 and w8a8 share what is kept, whatever the bit plan.
+        Weights do not enter it, so that w4a8 and w8a8 share what is kept, whatever the bit plan, unless channels
+        were equalized, which goes by the bits.
         """
         (key,) = step_keys(replace(job, scheme=INPUTS_ONLY, plan=None), [(self, sorted(ranges.items()))])
         path = kept_path(f"{key}.json", "ranges")

@@ -24,7 +24,7 @@ from quantrack.tracking.record import log_run_digest
 def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
     scheme = parse_mode(settings.mode)
-    recipe = recipe_for(settings.target, settings.placement, parse_recipe(settings.recipe))
+    recipe = recipe_for(settings.variant_values(), parse_recipe(settings.recipe))
     device = resolve_device(settings.device)
     if settings.require_gpu:
         require_cuda()

@@ -21,7 +21,7 @@ from quantrack.quantization.job import new_job
 from quantrack.quantization.qat import Qat, leave_dfl_float, new_student, take_over_student
 from quantrack.quantization.state import read_quantized
 from quantrack.runtime.session import require_cuda
-from quantrack.schemes import parse_mode
+from quantrack.schemes import one_scale_for, parse_mode
 from quantrack.settings import QatSettings, parse_settings
 from quantrack.tracking.children import Children
 from quantrack.tracking.log import log_inputs, log_settings
@@ -72,8 +72,8 @@ def train_and_prove(settings: QatSettings) -> None:
         start = starting_run(settings, detector, evaluation_set, calibration)
         job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
         job.model = read_quantized(start_state(start, settings, detector, folder), job.float_model)
-        if settings.wants_one_scale:
-            require_scales_of_tensors(job.model, settings.wants_one_scale)
+        if wanting := one_scale_for(settings.variant_values()):
+            require_scales_of_tensors(job.model, wanting)
         leave_dfl_float(job)
         quantization = Qat(settings.lr0, settings.lr0_scales, settings.distill_weight, settings.amp)
         auxiliary = None

@@ -64,3 +64,13 @@ def variant_words(values: Mapping[str, str]) -> tuple[str, ...]:
     """
     chosen = (values.get(name, usual) for name, (usual, _) in VARIANTS.items())
     return tuple(word for word, (usual, _) in zip(chosen, VARIANTS.values(), strict=True) if word != usual)
+
+
+def one_scale_for(values: Mapping[str, str]) -> str:
+    """The choice, if any, whose kernels want one scale for all channels of an activation; empty if there is none.
+
+    >>> one_scale_for({"placement": "full", "target": "onnxruntime"})
+    'placement=full'
+    """
+    wanting = {"placement": "full", "target": "tensorrt"}
+    return next((f"{name}={choice}" for name, choice in wanting.items() if values.get(name) == choice), "")

@@ -153,11 +153,6 @@ class PtqSettings(RecipeSettings):
         """Mode, placement and storage as far as they are not the usual ones, for names."""
         return "-".join([self.scheme_name, *variant_words(self.variant_values())])
 
-    @property
-    def wants_one_scale(self) -> str:
-        """The setting, if any, whose runtime wants one scale for all channels of an activation."""
-        return "placement=full" if self.placement == "full" else "target=tensorrt" * (self.target == "tensorrt")
-
     def _require_variant(self, scheme: Scheme) -> None:
         """Full placement needs activations that integer kernels take, INT4 storage weights that fit."""
         if self.placement == "full":

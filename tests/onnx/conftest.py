@@ -33,7 +33,7 @@ class Small:
         if key not in self._made:
             detector = load_detector("demo", head, self.SIZE, 0, False)
             job = new_job(detector, parse_mode(mode), self.calibration, self.SIZE, torch.device("cpu"), seed=0)
-            apply_recipe(job, recipe_for("onnxruntime", placement, parse_recipe(recipe)).steps)
+            apply_recipe(job, recipe_for({"target": "onnxruntime", "placement": placement}, parse_recipe(recipe)).steps)
             folder = self.folder / "-".join(key)
             folder.mkdir()
             self._made[key] = export_quantized_files(job.model, self.facts(mode, head), folder)

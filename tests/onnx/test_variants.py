@@ -50,8 +50,8 @@ def test_zero_points_and_clips_are_refused(small):
 @pytest.mark.parametrize("name", ["fast", "default", "best"])
 def test_recipes_for_tensorrt_are_symmetric(name):
     recipe = parse_recipe(name)
-    assert recipe_for("onnxruntime", "inputs", recipe) is recipe
-    steps = recipe_for("tensorrt", "inputs", recipe).steps
+    assert recipe_for({"target": "onnxruntime", "placement": "inputs"}, recipe) is recipe
+    steps = recipe_for({"target": "tensorrt", "placement": "inputs"}, recipe).steps
     assert steps[0] == InsertQuantizers(activation="symmetric")
     assert steps[1:] == tuple(step for step in recipe.steps[1:] if not isinstance(step, ChannelEqualization))
     assert len(steps) == len(recipe.steps) - 1
@@ -59,5 +59,5 @@ def test_recipes_for_tensorrt_are_symmetric(name):
 
 def test_full_placement_keeps_one_scale_for_all_channels():
     recipe = parse_recipe("default")
-    steps = recipe_for("onnxruntime", "full", recipe).steps
+    steps = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe).steps
     assert steps == tuple(step for step in recipe.steps if not isinstance(step, ChannelEqualization)) != recipe.steps

@@ -2,8 +2,8 @@
 
 One scale serves all channels of an activation, so a channel of small values is rounded as coarsely as the
 largest; one scale serves all weights of an output channel, so small weights are rounded as coarsely as its
-largest. Dividing input channel i by s_i and multiplying its weights by s_i changes neither the convolution
-nor its cost (the exporter puts the division into QuantizeLinear's scale), but shifts rounding error
+largest. Dividing input channel i by s_i and multiplying its weights by s_i does not change the convolution and
+adds no operator (the exporter puts the division into QuantizeLinear's scale), but shifts rounding error
 between the two: Xiao et al., "SmoothQuant" (arXiv:2211.10438), with Nagel et al.'s cross-layer
 equalization (arXiv:1906.04721) before it, which SiLU does not allow.
 

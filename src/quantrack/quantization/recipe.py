@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,7 @@ from quantrack.quantization.observe import ObserveActivations
 from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
+from quantrack.schemes import one_scale_for
 
 # What a recipe file may name.
 STEPS: dict[str, type[Step]] = {
@@ -110,16 +112,16 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(path.stem, tuple(_step(item, path) for item in listed))
 
 
-def recipe_for(target: str, placement: str, recipe: Recipe) -> Recipe:
-    """The recipe as a runtime can use it.
+def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:
+    """The recipe as the runtime of a variant (`schemes.VARIANTS`) can use it.
 
-    TensorRT takes only activations with zero point 0. Integer kernels and TensorRT want the same scale of all
-    channels of an activation where it is quantized, so channels are not equalized for them.
+    TensorRT takes only activations with zero point 0. Channels are not equalized for kernels that want one scale
+    for all channels of an activation.
     """
     steps = recipe.steps
-    if target == "tensorrt":
+    if variant["target"] == "tensorrt":
         steps = tuple(replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in steps)
-    if target == "tensorrt" or placement == "full":
+    if one_scale_for(variant):
         steps = tuple(step for step in steps if not isinstance(step, ChannelEqualization))
     return recipe if steps == recipe.steps else Recipe(recipe.name, steps)
 

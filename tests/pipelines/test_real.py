@@ -7,6 +7,8 @@ from command import ROOT, newest_run, run_pipeline
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from quantrack.runtime.exact_sums import sums_are_exact
+
 pytestmark = pytest.mark.real
 # The whole list takes three times as long and is measured by benchmarks/accuracy_table.py.
 CALIBRATION = "32"
@@ -62,8 +64,9 @@ def test_integer_kernels(real_inputs: Path, store: Path, mode: str, storage: str
     assert metrics["mAP50-95"] >= least
     assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
     assert metrics["parity_mean_abs"] < 0.02
-    # 0.55 on the processors that it was made on; the other worker's tests disturb
-    assert metrics["latency_ratio"] < 0.8
+    if sums_are_exact():  # else slower kernels are taken
+        # 0.55 on the processors that it was made on; the other worker's tests disturb
+        assert metrics["latency_ratio"] < 0.8
     if storage == "int4":
         baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
         assert metrics["onnx_mb"] < 0.25 * baseline.data.metrics["onnx_mb"]

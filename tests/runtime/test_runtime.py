@@ -1,17 +1,20 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.export import export_float
+from quantrack.runtime.exact_sums import sums_are_exact
 from quantrack.runtime.latency import measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
 from quantrack.runtime.parity import match_rows, measure_parity, torch_network
 from quantrack.runtime.placement import measure_placement
-from quantrack.runtime.session import Session, SessionSettings, _say_once, open_session
+from quantrack.runtime.session import REFERENCE, Session, SessionSettings, _say_once, open_session
 from quantrack.runtime.tune import candidates, tune
 
 
@@ -25,6 +28,33 @@ def net() -> nn.Module:
 def session(net: nn.Module, tmp_path: Path) -> Session:
     export_float(net, 32, tmp_path / "net.onnx")
     return open_session(tmp_path / "net.onnx", "cpu")
+
+
+@pytest.fixture
+def integer_convolution(tmp_path: Path) -> Path:
+    """A convolution of the largest weights between quantizers: pairs of its products do not fit 16 bits."""
+    values = {
+        "one": np.float32(1 / 255), "zero": np.uint8(0), "int8 zero": np.int8(0),
+        "w": np.full((4, 3, 3, 3), 127, np.int8), "large": np.float32(127 * 27 / 200),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", "one", "zero"], ["xf"]),
+        helper.make_node("DequantizeLinear", ["w", "one", "int8 zero"], ["wf"]),
+        helper.make_node("Conv", ["xf", "wf"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["c", "large", "zero"], ["c8"]),
+        helper.make_node("DequantizeLinear", ["c8", "large", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "integers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    path = tmp_path / "integers.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
 
 
 def test_session_says_what_it_is(session: Session) -> None:
@@ -104,6 +134,22 @@ def test_session_settings_say_what_differs() -> None:
         SessionSettings(optimization="most")
     with pytest.raises(UsageError, match="threads=-1"):
         SessionSettings(threads=-1)
+
+
+def test_exact_sums_are_asked_for_where_they_are_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, integer_convolution: Path
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    assert sums_are_exact() == ("vnni" in flags or "avx2" not in flags)
+    image = np.ones((1, 3, 8, 8), np.float32)
+    right = open_session(integer_convolution, "cpu", REFERENCE).run(image)
+    np.testing.assert_array_equal(open_session(integer_convolution, "cpu").run(image), right)
+    for exact in (True, False):
+        monkeypatch.setattr("quantrack.runtime.session.sums_are_exact", lambda exact=exact: exact)
+        session = open_session(integer_convolution, "cpu")
+        assert session.settings == SessionSettings(exact_sums=not exact)
+        assert {one.exact_sums for one in candidates(session.path, "cpu") if not one.fold_weights} == {not exact}
+    np.testing.assert_array_equal(session.run(image), right)
 
 
 def test_only_others_count_as_other_load(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers
 from quantrack.progress import say
+from quantrack.runtime.exact_sums import EXACT, sums_are_exact
 
 CUDA, CPU, TENSORRT = "cuda", "cpu", "tensorrt"
 PROVIDERS = ("auto", CUDA, CPU, TENSORRT)
@@ -36,11 +37,13 @@ class SessionSettings:
     """How ONNX Runtime is to run a file; what it computes stays the same but for rounding.
 
     `fold_weights`: dequantize weights once, as the file is loaded (`session.disable_quant_qdq`), which
-    rules out integer kernels. `threads`: 0 = one for each core that this process may use. `tf32` and
+    rules out integer kernels. `exact_sums`: integer kernels that do not saturate, for processors where the usual
+    ones do (`session.x64quantprecision`). `threads`: 0 = one for each core that this process may use. `tf32` and
     `cuda_graph` concern CUDA only.
     """
 
     fold_weights: bool = False
+    exact_sums: bool = False
     optimization: str = "all"
     threads: int = 0
     tf32: bool = True
@@ -67,8 +70,12 @@ REFERENCE = SessionSettings(optimization="off")  # every node as the file states
 
 
 def settings_for(path: Path) -> SessionSettings:
-    """Folded weights for a quantized file without integer kernels, where they save a fifth of the time."""
-    return SessionSettings(fold_weights=has_quantizers(path) and not has_integer_convolutions(path))
+    """What the file needs here: exact sums for integer kernels where they would saturate, and folded weights for
+    a quantized file without integer kernels, where they save a fifth of the time.
+    """
+    if has_integer_convolutions(path):
+        return SessionSettings(exact_sums=not sums_are_exact())
+    return SessionSettings(fold_weights=has_quantizers(path))
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,8 @@ def _session(path: Path, provider: str, settings: SessionSettings, profile: Path
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.fold_weights:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if settings.exact_sums:
+        options.add_session_config_entry(EXACT, "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

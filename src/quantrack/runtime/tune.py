@@ -9,7 +9,15 @@ from pathlib import Path
 from quantrack.onnx.inspect import has_quantizers
 from quantrack.progress import say
 from quantrack.runtime.latency import Latency, Ratio, measure_in_turns
-from quantrack.runtime.session import CUDA, Session, SessionSettings, open_session, resolve_provider, usable_cores
+from quantrack.runtime.session import (
+    CUDA,
+    Session,
+    SessionSettings,
+    open_session,
+    resolve_provider,
+    settings_for,
+    usable_cores,
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,10 @@ def candidates(path: Path, provider: str) -> tuple[SessionSettings, ...]:
 
     A captured CUDA graph needs every node on the GPU; where that fails, the combination is left out.
     """
-    plain = SessionSettings()
+    plain = SessionSettings(exact_sums=settings_for(path).exact_sums)  # what is right comes before what is fast
     found = [plain]
     if has_quantizers(path):
-        found.append(replace(plain, fold_weights=True))
+        found.append(SessionSettings(fold_weights=True))
     if resolve_provider(provider) == CUDA:
         found += [*(replace(one, tf32=False) for one in found), *(replace(one, cuda_graph=True) for one in found)]
     else:

@@ -68,7 +68,7 @@ class ChannelEqualization:
             if plan.activation is None and plan.weight_bits >= INT8_BITS:
                 continue
             divisors, errors = self.divisors(layer, statistics[name], plan.activation)
-            equalize(layer, divisors)
+            equalize(layer, divisors.to(layer.weight.device))
             statistics[name] = statistics[name].divided(divisors)
             before, after, count = before + errors[0], after + errors[1], count + 1
         job.statistics = statistics
@@ -94,13 +94,16 @@ class ChannelEqualization:
     def layer_error(
         self, layer: QuantizedConvolution, seen: ActivationStatistics, activation: str | None
     ) -> LayerError:
-        """Of a layer whose input was observed, its weights still the float ones."""
-        weight = layer.weight.detach()
+        """Of a layer whose input was observed, its weights still the float ones.
+
+        On the CPU: thousands of steps on a few hundred numbers cost a GPU more to launch than to compute.
+        """
+        weight = layer.weight.detach().cpu()
         grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
         return LayerError(
             importance=grouped.square().sum(dim=(1, 3, 4)).flatten(),
-            low=-self.reach(-seen.channel_minimum.to(weight.device)),
-            high=self.reach(seen.channel_maximum.to(weight.device)),
+            low=-self.reach(-seen.channel_minimum.cpu()),
+            high=self.reach(seen.channel_maximum.cpu()),
             magnitudes=grouped.abs().amax(dim=(3, 4)),
             limit=-weight_range(weight_bits(layer))[0],
             variance=self.unexplained * seen.channel_variance * weight.shape[2] * weight.shape[3],

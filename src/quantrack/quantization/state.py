@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import brevitas.config
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             model.get_submodule(parent).bias = nn.Parameter(weights[name], requires_grad=False)
         elif parameter == "input_scale":
             model.get_submodule(parent).input_scale = torch.empty_like(weights[name])
-    model.load_state_dict(weights)
+    with _quantizers_kept():
+        model.load_state_dict(weights)
+
+
+@contextmanager
+def _quantizers_kept() -> Iterator[None]:
+    """Brevitas would make all quantizers anew before it loads them: on the CPU, wherever the model is."""
+    before, brevitas.config.REINIT_ON_STATE_DICT_LOAD = brevitas.config.REINIT_ON_STATE_DICT_LOAD, False
+    try:
+        yield
+    finally:
+        brevitas.config.REINIT_ON_STATE_DICT_LOAD = before
 
 
 def save_quantized(path: Path, model: nn.Module) -> None:

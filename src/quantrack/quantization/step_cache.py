@@ -72,7 +72,10 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
     try:
         state = torch.load(path, map_location=job.device, weights_only=True)
         model = model_of_state(state, job.float_model)
-        statistics = {name: ActivationStatistics(*seen) for name, seen in state["statistics"].items()}
+        statistics = {
+            name: ActivationStatistics(*(values.cpu() for values in seen))  # where observing leaves them
+            for name, seen in state["statistics"].items()
+        }
         reports = [StepReport(*report) for report in state["reports"]]
     except DAMAGED as error:
         say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")

@@ -27,7 +27,7 @@ SERVED_CODE = (
     "datasets/__init__.py", "datasets/picture_size.py", "datasets/pictures.py",
     "evaluation/__init__.py", "evaluation/decode.py", "evaluation/picture_detector.py", "evaluation/types.py",
     "onnx/__init__.py", "onnx/inspect.py",
-    "runtime/__init__.py", "runtime/session.py",
+    "runtime/__init__.py", "runtime/exact_sums.py", "runtime/session.py",
     "tracking/__init__.py", "tracking/served_model.py",
 )  # fmt: skip
 SERVING_PACKAGES = (

@@ -26,7 +26,7 @@ from quantrack.onnx.grid_assignment import ConvInput, Groups, assign_grids
 from quantrack.onnx.integer_kernels import dequantize_late, double_by_copying, fill_input_channels, take_wholes
 from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import measure_parity
-from quantrack.runtime.session import REFERENCE, open_session
+from quantrack.runtime.session import REFERENCE, SessionSettings, open_session
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +181,24 @@ def test_integer_kernels_compute_what_the_file_says(small, full):
     assert parity.unmatched == 0
     assert parity.mean_abs is not None
     assert 0 < parity.mean_abs < 0.02
+
+
+def test_exact_sums_are_possible(small, full):
+    """ONNX Runtime makes weights beyond 7 bits unsigned, and refuses a zero point that two of them share."""
+    graph = read_graph(full)
+    large = [
+        node.input[2]
+        for node in graph.nodes
+        if node.op_type == "DequantizeLinear"
+        and node.input[0] in graph.initializers
+        and graph.array(node.input[0]).dtype == np.int8
+        and np.abs(graph.array(node.input[0]).astype(int)).max() > 64
+    ]
+    assert len(large) > 10
+    assert len(set(large)) == len(large)
+    image = network_input(small.calibration.paths[1], small.SIZE)[None]
+    exact = open_session(full, "cpu", SessionSettings(exact_sums=True))
+    np.testing.assert_array_equal(exact.run(image), open_session(full, "cpu").run(image))
 
 
 @pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying, dequantize_late])

@@ -13,14 +13,37 @@ from onnx import helper, numpy_helper
 from quantrack.onnx.graph import Graph
 
 COMPARING = frozenset({"Reshape", "Concat", "GatherElements", "ReduceMax"})  # the same on a grid's integers
+SEVEN_BITS = (-64, 63)
 CHANNEL_MULTIPLE = 4  # the convolution kernel reads four input channels at a time; other counts go through im2col
 
 
 def suit_integer_kernels(graph: Graph) -> None:
-    """Fill the picture's channels up to four with zeros, double sides by copying, dequantize late in the head."""
+    """Fill the picture's channels up to four with zeros, double sides by copying, dequantize late in the head.
+
+    And give large weights zero points of their own, which processors without VNNI want.
+    """
     fill_input_channels(graph)
     double_by_copying(Graph(graph.model))
     dequantize_late(Graph(graph.model))
+    own_zero_points(Graph(graph.model))
+
+
+def own_zero_points(graph: Graph) -> None:
+    """Let no two weights beyond 7 bits share a zero point.
+
+    For exact sums on processors without VNNI, ONNX Runtime (`session.x64quantprecision`) makes such weights and
+    their zero points unsigned, under new names, and refuses the file as it meets a name again.
+    """
+    taken: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in graph.initializers:
+            continue
+        weights, zero_point = graph.array(node.input[0]), node.input[2]
+        if weights.dtype != np.int8 or not (weights != weights.clip(*SEVEN_BITS)).any():
+            continue
+        if zero_point in taken:
+            node.input[2] = graph.add(f"{node.input[0]}/zero_point", graph.array(zero_point))
+        taken.add(zero_point)
 
 
 def take_wholes(graph: Graph) -> Graph:

@@ -40,8 +40,7 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-# W4A8 is measured with a plan below.
-@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40)])
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40), ("w4a8", 0.40)])
 def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least
@@ -56,20 +55,14 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, stor
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "recipe", "storage", "least"),
-    [("w8a8", "default", "int8", 0.455), ("w4a8", "fast", "int4", 0.25)],  # naive W4A8 has 0.03
-)
-def test_integer_kernels(real_inputs: Path, store: Path, mode: str, recipe: str, storage: str, least: float) -> None:
-    run = measure(
-        real_inputs, store, "ptq",
-        "--mode", mode, "--recipe", recipe, "--placement", "full", "--weight-storage", storage,
-    )  # fmt: skip
+@pytest.mark.parametrize(("mode", "storage", "least"), [("w8a8", "int8", 0.455), ("w4a8", "int4", 0.40)])
+def test_integer_kernels(real_inputs: Path, store: Path, mode: str, storage: str, least: float) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", mode, "--placement", "full", "--weight-storage", storage)
     metrics = run.data.metrics
     assert metrics["mAP50-95"] >= least
     assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
     assert metrics["parity_mean_abs"] < 0.02
-    if sums_are_exact():  # else slower kernels are taken
+    if mode == "w4a8" or sums_are_exact():  # else slower kernels are taken for the 8-bit weights, nearly all at W8A8
         # 0.55 on the processors that it was made on; the other worker's tests disturb
         assert metrics["latency_ratio"] < 0.8
     if storage == "int4":

@@ -156,6 +156,19 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
     assert search.apply(weight_only) == {}
 
 
+def test_range_search_stops_where_a_smaller_range_costs_more(job: QuantizationJob) -> None:
+    apply_recipe(job, NOT_EQUALIZED)
+    ranges = {name: range_of(layer) for name, layer in quantized_layers(job.model).items()}
+    search = ActivationRangeSearch(layers=3, shrinks=(0.5, 0.1, 0.05, 0.01), images=2)
+    found = search.errors(job, ranges)
+    assert len(found) == 3
+    for tried in found.values():
+        costs = [tried[shrink] for shrink in (1.0, *search.shrinks) if shrink in tried]
+        assert 2 <= len(costs) == len(tried) < 5
+        assert costs[:-1] == sorted(costs[:-1], reverse=True)  # less each time,
+        assert costs[-1] > costs[-2]  # but for the last
+
+
 def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     job: QuantizationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -178,7 +191,9 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     assert kept.read_text() != "[1]"
 
 
-@pytest.mark.parametrize("settings", [{"layers": 0}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}])
+@pytest.mark.parametrize(
+    "settings", [{"layers": 0}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}, {"shrinks": (0.5, 0.7)}]
+)
 def test_range_search_refuses_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         ActivationRangeSearch(**settings)  # type: ignore[arg-type]

@@ -11,8 +11,15 @@ from quantrack.quantization import coordinate_descent
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
-from quantrack.quantization.coordinate_descent import channel_errors, damped, refined, refined_jointly
-from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.coordinate_descent import (
+    channel_errors,
+    channel_products,
+    damped,
+    refined,
+    refined_jointly,
+    restoring_gain,
+)
+from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
@@ -191,6 +198,38 @@ def test_joint_descent_lessens_the_error_of_all_channels_together() -> None:
     torch.testing.assert_close(moved / 0.3, (moved / 0.3).round())
     again = refined_jointly(weight, moved, scale, inputs, outputs, 4)
     assert float(torch.trace(outputs @ (again - weight) @ inputs @ (again - weight).T)) <= errors[1] * 1.0001
+
+
+def test_the_gain_restores_what_least_error_shrinks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 4, 18, generator=generator)
+    columns = torch.randn(2, 18, 400, generator=generator)
+    hessian = columns @ columns.transpose(1, 2) / 400
+    rounded, scale = torch.round(weight / 0.8) * 0.8, torch.full((2, 4), 0.8)
+    for _ in range(3):
+        rounded, scale = refined(weight, rounded, scale, hessian, 3)
+    rounded[1, 2] = 0  # a channel whose weights were rounded away has nothing to restore
+    gain = restoring_gain(weight, rounded, hessian)
+    whole, kept = channel_products(weight, weight, hessian), channel_products(weight, rounded, hessian)
+    answers = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3)]
+    assert all(0.5 * whole[at] < kept[at] < 0.999 * whole[at] for at in answers)
+    assert all(float(gain[at] * kept[at]) == pytest.approx(float(whole[at]), rel=1e-5) for at in answers)
+    assert gain[1, 2] == 1
+
+
+@pytest.mark.parametrize("output_sweeps", [0, 2])
+def test_gptq_does_not_shrink_what_a_layer_answers(make_job: MakeJob, output_sweeps: int) -> None:
+    job = prepared(make_job("w4a16"))
+    gptq = Gptq(output_sweeps=output_sweeps)
+    layers = quantized_layers(job.model)
+    for curvatures in gptq.curvatures(job, job.float_model):
+        for name, curvature in curvatures.items():
+            gptq.round_layer(layers[name], curvature)
+            layer, float_layer = layers[name], job.float_model.get_submodule(name)
+            weight = grouped(float_layer.weight, layer.groups)
+            rounded = grouped(layer.quant_weight().value, layer.groups)
+            whole = channel_products(weight, weight, curvature.centred)
+            torch.testing.assert_close(channel_products(weight, rounded, curvature.centred), whole)
 
 
 def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:

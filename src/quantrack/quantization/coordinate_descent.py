@@ -16,6 +16,7 @@ from quantrack.quantization.layers import clamp_integers, weight_range
 
 BLOCK = 64  # columns
 MOST_MOVED = 8  # one in so many weights of a column may move a sweep, which bounds its time
+LEAST_KEPT = 0.5  # of a channel's answer to the signal, for a gain to make sense
 LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
 
 
@@ -104,7 +105,24 @@ def _moved(
 
 def channel_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """Mean squared change of each output channel, [G, O/G], for a change of weight [G, O/G, D]."""
-    return torch.einsum("god,god->go", difference @ hessian, difference)
+    return channel_products(difference, difference, hessian)
+
+
+def restoring_gain(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """What to multiply rounded weights [G, O/G, D] by, so that they answer the signal as the float ones do, [G, O/G].
+
+    The scale of least error shrinks each output channel by its share of rounding noise, as any least-squares fit
+    to noisy values does. Noise of many layers adds up by its variance, but shrinking by its amount.
+    """
+    whole = channel_products(weight, weight, hessian)
+    kept = channel_products(weight, rounded, hessian)
+    sound = kept > LEAST_KEPT * whole  # not a channel whose weights were rounded away
+    return torch.where(sound, whole / torch.where(sound, kept, 1), 1)
+
+
+def channel_products(first: Tensor, second: Tensor, hessian: Tensor) -> Tensor:
+    """Mean product of what two weights [G, O/G, D] give, of each output channel, [G, O/G]."""
+    return torch.einsum("god,god->go", first @ hessian, second)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -31,6 +31,7 @@ from quantrack.quantization.coordinate_descent import (
     damped,
     refined,
     refined_jointly,
+    restoring_gain,
     towards_diagonal,
 )
 from quantrack.quantization.importance import output_importance, with_covariance, without_covariance
@@ -58,6 +59,10 @@ class Gptq:
     descent then lessen the error of each output channel further, and `output_sweeps` that of all
     channels together, whose covariances count by `output_share`.
 
+    The scale of least error makes a layer's answer to its input a little too small. With `unshrunken` the scale
+    is raised until the answer is as large as before: noise of many layers adds up by its variance, shrinking by
+    its amount, and objects would lose confidence.
+
     With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
     mean is left to the bias correction that must follow.
 
@@ -82,6 +87,7 @@ class Gptq:
     sweeps: int = 3
     output_sweeps: int = 0
     output_share: float = 0.9
+    unshrunken: bool = True
     damping: float = 0.01
     block: int = 128
     memory_gb: float = 0.75
@@ -151,6 +157,9 @@ class Gptq:
             outputs = towards_diagonal(curvature.outputs, self.output_share)
             for _ in range(self.output_sweeps):
                 rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], outputs, bits)[None]
+        if self.unshrunken:
+            gain = restoring_gain(weight, rounded, hessian)
+            rounded, chosen = rounded * gain[:, :, None], chosen * gain
         errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
         set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantrack.detector.heads import head_levels
 from quantrack.errors import UsageError
@@ -43,9 +43,10 @@ LOOK = 4  # pictures that are enough to tell which layers cost most
 @dataclass(frozen=True)
 class ActivationRangeSearch:
     """Runs after a step that sets ranges. The `layers` that cost most at their range, on a few pictures,
-    try each shrunken one on the first `images` of the calibration pictures; the best is kept.
+    try shrunken ones on the first `images` of the calibration pictures, each smaller than the one before,
+    until one costs more; the best is kept.
 
-    Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range.
+    Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range tried.
     """
 
     layers: int = 8
@@ -57,6 +58,8 @@ class ActivationRangeSearch:
             raise UsageError("activation range search: layers and images must be positive")
         if not self.shrinks or not all(0 < shrink < 1 for shrink in self.shrinks):
             raise UsageError("activation range search: shrinks must lie in 0..1, at least one")
+        if list(self.shrinks) != sorted(set(self.shrinks), reverse=True):
+            raise UsageError("activation range search: shrinks must go from the largest to the smallest")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.activation_bits is None:
@@ -88,7 +91,7 @@ class ActivationRangeSearch:
         return errors
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
-        """What the costliest layers cost at their range and at each shrunken one."""
+        """What the costliest layers cost at their range, and at smaller ones as long as these cost less."""
         probe = copy.deepcopy(job.model)
         layers = quantized_layers(probe)
         for layer in layers.values():
@@ -97,12 +100,26 @@ class ActivationRangeSearch:
         few = first_pictures(job, min(self.images, LOOK))
         costs = trial_errors(few, probe, seen, outputs_and_features, "activation ranges: what each costs")
         worst = sorted(costs, key=lambda name: costs[name][1.0], reverse=True)[: self.layers]
-        smaller = {
-            name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in (1.0, *self.shrinks)}
-            for name in worst
-        }
+        return self.shrunken_errors(job, probe, {name: ranges[name] for name in worst})
+
+    def shrunken_errors(self, job: QuantizationJob, probe: nn.Module, ranges: Mapping[str, Range]) -> Errors:
+        """What these layers cost in `probe`, which is float but for the trial, at one range after the other."""
+        layers = quantized_layers(probe)
         few = first_pictures(job, self.images)
-        return trial_errors(few, probe, smaller, outputs_and_features, "activation ranges: smaller ones")
+        errors: dict[str, dict[float, float]] = {name: {} for name in ranges}
+        going_on = list(ranges)
+        for shrinks in ((1.0, self.shrinks[0]), *((shrink,) for shrink in self.shrinks[1:])):
+            trials = {
+                name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in shrinks}
+                for name in going_on
+            }
+            label = f"activation ranges: {shrinks[-1]} of the range"
+            for name, found in trial_errors(few, probe, trials, outputs_and_features, label).items():
+                errors[name].update(found)
+            going_on = [name for name in going_on if min(errors[name], key=errors[name].__getitem__) == shrinks[-1]]
+            if not going_on:
+                break
+        return errors
 
     def take_best(self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Errors) -> Mapping[str, float]:
         """Set each layer's best range; how many shrank, and the sums of the errors before and after."""

@@ -157,6 +157,7 @@ def label(run: Run) -> str:
     if float(parameters["avg_bits"]):
         words.append(f"avg_bits={parameters['avg_bits']}")
         words += [f"plan_bits={parameters['plan_bits']}"] if parameters["plan_bits"] != PLAN_BITS else []
+        words += ["by channel"] if parameters["plan_by"] == "channel" else []
     return " ".join(words) + f", seed {parameters['seed']}"
 
 

@@ -43,7 +43,8 @@ def ptq(settings: PtqSettings) -> None:
     if settings.plan:
         job.plan = fetch_plan(settings.plan)
     elif settings.avg_bits:
-        reports = (plan_job(job, LayerTrials(bits=parse_plan_bits(settings.plan_bits)), settings.avg_bits),)
+        trials = LayerTrials(bits=parse_plan_bits(settings.plan_bits))
+        reports = (plan_job(job, trials, settings.avg_bits, settings.plan_by),)
         log_step(0, reports[0])
     log_recipe(recipe)
     reports += apply_recipe(job, recipe.steps, log_step)

@@ -43,7 +43,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
     else:
         rows = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows
         unit = f"divergence of raw outputs, by {settings.measure}"
-    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits), unit)
+    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.plan_by), unit)
 
 
 if __name__ == "__main__":

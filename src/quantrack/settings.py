@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 from quantrack.comparison.gates import MORE_IS_BETTER, Limits
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
-from quantrack.quantization.bit_plan import BIT_RANGE
+from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
@@ -104,6 +104,7 @@ class RecipeSettings(SharedSettings):
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
     plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    plan_by: str = _setting("layer", "What has bits of its own in a plan: each layer, or each output channel.")
     placement: str = _setting(
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
     )
@@ -116,6 +117,11 @@ class RecipeSettings(SharedSettings):
         for name, known in VARIANTS.items():
             value = getattr(self, name)
             _require(value in known, f"{name}={value}: unknown {name}; use {' or '.join(known)}")
+        _require_plan_by(self.plan_by)
+        _require(
+            self.plan_by == "layer" or self.avg_bits > 0,
+            f"plan_by={self.plan_by}: there is no budget to plan for; give avg_bits",
+        )
 
     def variant_values(self) -> dict[str, str]:
         """The choices that make the variant of the file, by name."""
@@ -259,7 +265,7 @@ class CompareSettings(RecipeSettings):
         scheme = parse_mode(mode)
         not_for_it: dict[str, Any] = {}
         if scheme.weight_bits == 8:
-            not_for_it |= {"plan": "", "avg_bits": 0.0, "weight_storage": "int8"}
+            not_for_it |= {"plan": "", "avg_bits": 0.0, "plan_by": "layer", "weight_storage": "int8"}
         if scheme.activation_bits is None:
             not_for_it |= {"placement": "inputs"}
         return PtqSettings(**self._values_of(RecipeSettings) | not_for_it, mode=mode)
@@ -275,6 +281,7 @@ class SensitivitySettings(SharedSettings):
     mode: str = _setting("w4a8", "w4a8 or w4a16.")
     avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
     plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    plan_by: str = _setting("layer", "What has bits of its own in the plan: each layer, or each output channel.")
     measure: str = _setting(
         "gradient", "gradient or output (calibration pictures), or mAP (evaluation pictures, slow)."
     )
@@ -285,6 +292,11 @@ class SensitivitySettings(SharedSettings):
         known = ", ".join(MEASURES)
         _require(self.measure in MEASURES, f"measure={self.measure}: unknown measure; use one of {known}")
         _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits), scheme)
+        _require_plan_by(self.plan_by)
+        _require(
+            self.plan_by == "layer" or self.measure == "gradient",
+            f"plan_by={self.plan_by}: measure={self.measure} tells nothing of channels; use measure=gradient",
+        )
 
 
 @dataclass(frozen=True)
@@ -432,6 +444,10 @@ def parse_plan_bits(text: str) -> tuple[int, ...]:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _require_plan_by(plan_by: str) -> None:
+    _require(plan_by in PLANNED_BY, f"plan_by={plan_by}: unknown; use {' or '.join(PLANNED_BY)}")
 
 
 def _require_budget(avg_bits: float, choices: tuple[int, ...], scheme: Scheme) -> None:

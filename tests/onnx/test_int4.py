@@ -43,12 +43,34 @@ def test_packed_weights_give_the_same_bits(small, tmp_path, mode):
     assert target.stat().st_size < 0.75 * source.stat().st_size
 
 
+@pytest.mark.parametrize("placement", ["inputs", "full"])
+def test_channels_of_different_bits_are_packed_by_channel(small, tmp_path, placement):
+    source = small.files("w4a8", placement=placement, channels=True).optimized
+    target = tmp_path / "packed.onnx"
+    if placement == "full":
+        source = placed(small, source, tmp_path / "full.onnx")
+    count = store_as_int4(source, target)
+    gathers = [node for node in onnx.load(target).graph.node if node.op_type == "Gather" and "int4" in node.name]
+    assert len(gathers) >= 30
+    assert count == len(packed_tensors(target)) >= len(gathers)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
+    require_same_outputs(open_session(source, "cpu"), open_session(target, "cpu"), images)
+    assert target.stat().st_size < 0.93 * source.stat().st_size  # half of the weights, and this net is small
+
+
+def placed(small, source, target):
+    """A file with quantizers everywhere."""
+    tensors = observable_tensors(source)
+    ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
+    place_everywhere(source, target, ranges)
+    return target
+
+
 def test_integer_kernels_stay_with_full_placement(small, tmp_path):
     source = small.files("w4a8", placement="full").optimized
     full, target = tmp_path / "full.onnx", tmp_path / "packed.onnx"
-    tensors = observable_tensors(source)
-    ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
-    place_everywhere(source, full, ranges)
+    placed(small, source, full)
     assert store_as_int4(full, target) == len(packed_tensors(target))
     assert [item.name for item in onnx.load(target).functions] == [SILU]
     onnx.checker.check_model(onnx.load(target), full_check=True)

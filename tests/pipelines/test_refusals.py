@@ -19,6 +19,8 @@ CASES = {
     "recipe file": (("--recipe", "gone.yaml"), 2, "recipe=gone.yaml: cannot be read"),
     "budget": (("--avg-bits", "2.5"), 2, "avg_bits=2.5: must lie between 3 and 8"),
     "plan bits": (("--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
+    "plan by": (("--plan-by", "group"), 2, "plan_by=group: unknown; use layer or channel"),
+    "plan by without budget": (("--plan-by", "channel"), 2, "plan_by=channel: there is no budget to plan for"),
     "budget text": (("--avg-bits", "few"), 2, "avg_bits=few: not a number"),
     "plan of 4 bits": (
         ("--plan", "plan.json", "--mode", "w8a8"),

@@ -61,6 +61,22 @@ def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
     assert metrics["quantize_seconds"] > metrics["steps/00_Sensitivity/seconds"] > 0
 
 
+def test_channels_have_bits_of_their_own(shared_store: Path) -> None:
+    options = ("--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8", "--plan-by", "channel")
+    done = run_pipeline(shared_store, "ptq", *DEMO, *options, "--weight-storage", "int4")
+    assert done.returncode == 0, done.stderr
+    run = newest_run(shared_store, "ptq")
+    assert 4.49 < run.data.metrics["weight_bits_avg"] <= 4.5
+    assert run.data.metrics["weight_bits_stored_avg"] == run.data.metrics["weight_bits_avg"]
+    plan = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/plan.json"))
+    assert len(plan["bits"]["model.0.conv"]) == 8
+    layers = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/layers.json"))
+    counts = [layer["weight_bits_of_channels"] for layer in layers if "weight_bits_of_channels" in layer]
+    assert len(counts) == 82 - 6  # the head's outputs, whose channels are classes and sides of boxes
+    assert type(plan["bits"]["model.23.one2one_cv3.0.2"]) is int
+    assert sum(set(count) == {"4", "8"} for count in counts) > 20
+
+
 def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "learned.yaml"
     recipe.write_text(

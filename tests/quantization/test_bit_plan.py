@@ -35,7 +35,8 @@ def test_a_budget_below_the_fewest_bits_is_refused() -> None:
 
 
 def test_a_plan_reads_back(tmp_path: Path) -> None:
-    plan = BitPlan("digest", {"model.0.conv": 8, "model.1.conv": 4})
+    plan = BitPlan("digest", {"model.0.conv": 8, "model.1.conv": 4, "model.2.conv": (3, 4, 8)})
+    assert [plan.average(name) for name in plan.bits] == [8, 4, 5]
     plan.write(tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
 
@@ -47,6 +48,8 @@ def test_a_plan_reads_back(tmp_path: Path) -> None:
         ("[]", "not a bit plan"),
         ('{"bits": {}}', "not a bit plan"),
         ('{"model_digest": "x", "bits": {"a": 16}}', "bits must be whole numbers from 2 to 8"),
+        ('{"model_digest": "x", "bits": {"a": [4, 16]}}', "bits must be whole numbers from 2 to 8"),
+        ('{"model_digest": "x", "bits": {"a": []}}', "bits must be whole numbers from 2 to 8"),
         ('{"model_digest": "x", "bits": {"a": true}}', "bits must be whole numbers from 2 to 8"),
     ],
 )

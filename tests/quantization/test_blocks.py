@@ -17,9 +17,12 @@ from quantrack.datasets.demo import demo_calibration_list, demo_folder
 from quantrack.detector.blocks import INPUT, network_blocks, run_blocks
 from quantrack.detector.heads import head_levels, raw_outputs
 from quantrack.detector.load import Detector, load_detector
+from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization import range_search
 from quantrack.quantization.apply import apply_recipe, float_probe, output_divergence
+from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.distillation import Distillation
@@ -27,9 +30,18 @@ from quantrack.quantization.divergence import divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
 from quantrack.quantization.job import QuantizationJob, first_pictures, new_job
-from quantrack.quantization.layers import activation_quantization, quantized_layers, set_activation_range, weight_bits
+from quantrack.quantization.layers import (
+    activation_quantization,
+    bits_per_channel,
+    layer_plan,
+    quantized_layers,
+    set_activation_range,
+    weight_bits,
+    weight_range,
+    weight_scale,
+)
 from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
@@ -39,6 +51,7 @@ from quantrack.quantization.sensitivity import (
     plan_bits,
     plan_job,
 )
+from quantrack.quantization.state import model_of_state, model_state
 from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_layers, trainable_twin
 from quantrack.schemes import parse_mode
 
@@ -268,7 +281,7 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials).rows == rows
     assert "from the cache" in capsys.readouterr().err
     again = replace(job)
-    report = plan_job(again, trials, 4.5)
+    report = plan_job(again, trials, 4.5, "layer")
     assert report.cached
     assert report.seconds > 0
     assert again.plan == plan_bits(job, rows, 4.5)
@@ -285,6 +298,43 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
 
 
+def test_channels_keep_to_bits_of_their_own(job: QuantizationJob, tmp_path: Path) -> None:
+    rows = kept_sensitivity(job, LayerTrials(bits=(4, 8), gptq_images=4)).rows
+    plan = plan_bits(job, rows, 4.5, "channel")
+    by_layer = plan_bits(job, rows, 4.5)
+    weights = sum(row.weights for row in rows)
+    assert 4.49 < sum(plan.average(row.name) * row.weights for row in rows) / weights <= 4.5
+    assert all(isinstance(plan.bits[row.name], int) == (row.role is Role.HEAD_OUTPUT) for row in rows)
+    inner = [row for row in rows if row.role is not Role.HEAD_OUTPUT]
+    as_channels = {row.name: (by_layer.bits[row.name],) * len(row.parts) for row in inner}
+    errors = [sum(row.planned_error(bits[row.name]) for row in inner) for bits in (plan.bits, as_channels)]
+    assert errors[0] < 0.9 * errors[1]
+    planned = replace(job, plan=plan)
+    steps = (*CALIBRATED, Gptq(positions=64, output_sweeps=1), BiasCorrection())
+    reports = apply_recipe(planned, steps)
+    assert reports[0].figures["weight_bits_avg"] == pytest.approx(average_weight_bits(planned.model))
+    assert reports[-1].figures["divergence_after"] < reports[5].figures["divergence_before"]
+    twin = trainable_layers(trainable_twin(planned.model, planned.float_model))
+    for name, layer in quantized_layers(planned.model).items():
+        assert plan.bits[name] in (layer_plan(layer).channel_bits, layer_plan(layer).weight_bits)
+        bits = torch.tensor(bits_per_channel(layer))
+        for weight in (layer.quant_weight().value, twin[name].weight().detach()):
+            integers = torch.round(weight.flatten(1) / weight_scale(layer)[:, None])
+            lowest, highest = weight_range(bits)
+            assert (integers.amin(dim=1) >= lowest).all()
+            assert (integers.amax(dim=1) <= highest).all()
+    again = model_of_state(model_state(planned.model), planned.float_model)
+    for name, layer in quantized_layers(again).items():
+        assert layer_plan(layer) == layer_plan(quantized_layers(planned.model)[name])
+
+
+def test_a_plan_of_other_channels_is_refused(job: QuantizationJob) -> None:
+    names = [name for name, role in convolution_roles(job.model).items() if role is not Role.DFL]
+    plan = BitPlan(job.model_digest, dict.fromkeys(names, (4, 8)))
+    with pytest.raises(QuantrackError, match=r"plan: model.0.conv has 2 channels there, 8 in the model"):
+        apply_recipe(replace(job, plan=plan), CALIBRATED)
+
+
 def test_estimated_error_is_quadratic_and_counts_mean_outputs_as_restored(job: QuantizationJob) -> None:
     name = "model.0.conv"
     convolution = job.float_model.get_submodule(name)
@@ -292,8 +342,14 @@ def test_estimated_error_is_quadratic_and_counts_mean_outputs_as_restored(job: Q
     change, none = torch.randn_like(convolution.weight) * 1e-3, torch.zeros(convolution.out_channels)
     changes = {4: LayerChange(change, none), 5: LayerChange(2 * change, none), 6: LayerChange(change, none + 1)}
     errors = gradient_errors(first_pictures(job, 2), {name: changes})[name]
-    assert 0 < errors[4] != errors[6]
-    assert errors[5] == pytest.approx(4 * errors[4], rel=1e-3)
+    assert 0 < errors[4].layer != errors[6].layer
+    assert errors[5].layer == pytest.approx(4 * errors[4].layer, rel=1e-3)
+    assert len(errors[4].channels) == convolution.out_channels
+    alone = torch.zeros_like(change).index_copy(0, torch.tensor([2]), change[2:3])
+    alone_errors = gradient_errors(first_pictures(job, 2), {name: {4: LayerChange(alone, none)}})[name]
+    assert alone_errors[4].layer == pytest.approx(errors[4].channels[2], rel=1e-4)
+    assert alone_errors[4].channels[2] == pytest.approx(errors[4].channels[2], rel=1e-4)
+    assert sum(alone_errors[4].channels) == alone_errors[4].channels[2]
     assert not any(parameter.requires_grad for parameter in job.float_model.parameters())
 
 

@@ -82,7 +82,7 @@ def sensitivity_figure(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: st
     figure, axes = new_figure(7.2, 1.5 + BAR_INCHES * max(len(rows), 3))
     bits = sorted(rows[0].errors)
     places = range(len(rows))
-    colours = [DARK if plan.bits[row.name] == bits[0] else ACCENT for row in rows]
+    colours = [DARK if plan.average(row.name) == bits[0] else ACCENT for row in rows]
     axes.barh(places, [row.errors[bits[0]] for row in rows], color=colours, height=BAR_HEIGHT)
     axes.set_yticks(places, [f"{row.name}  ({row.role.value})" for row in rows], fontsize=7)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"error at {bits[0]} bits, one layer at a time ({unit})")

@@ -19,6 +19,7 @@ from quantrack.onnx.graph import Graph, write_graph
 from quantrack.onnx.opset import load_newer
 
 LOWEST, HIGHEST = -8, 7
+ORDER_BYTES, NODES_BYTES = 4, 1000  # of a channel's place, and of three nodes and their names
 
 
 def store_as_int4(source: Path, target: Path) -> int:
@@ -26,33 +27,44 @@ def store_as_int4(source: Path, target: Path) -> int:
 
     DequantizeLinear takes the packed weights, with one scale a channel. Where the convolution's result is
     quantized, they are cast to INT8 first: ONNX Runtime does that once as it loads the file, and makes
-    integer kernels only of INT8 weights.
+    integer kernels only of INT8 weights. So they are where only some output channels are within 4 bits: these are
+    packed, and put back among the others.
 
     Raises:
         QuantrackError: no weight is within 4 bits.
     """
     graph = Graph(load_newer(source))
-    packed = [node for node in graph.nodes if fits_int4(graph, node)]
-    if not packed:
-        raise QuantrackError(f"{source}: no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16")
+    packed = 0
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        if any(node is each for each in packed):
-            nodes += _packed(graph, node)
+        narrow = narrow_channels(graph, node)
+        if narrow is not None and (narrow.all() or _worth_packing(graph, node, narrow)):
+            nodes += _packed(graph, node) if narrow.all() else _partly_packed(graph, node, narrow)
+            packed += 1
         nodes.append(node)
+    if not packed:
+        raise QuantrackError(f"{source}: no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16")
     graph.replace(nodes)
     write_graph(graph, target)
-    return len(packed)
+    return packed
 
 
-def fits_int4(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether this dequantizes INT8 weights of a convolution that all lie in -8 to 7."""
+def narrow_channels(graph: Graph, node: onnx.NodeProto) -> NDArray[np.bool_] | None:
+    """Which output channels of a convolution's INT8 weights lie in -8 to 7 [O]; None if it dequantizes no such."""
     if node.op_type != "DequantizeLinear" or node.input[0] not in graph.initializers:
-        return False
+        return None
     if convolution_of(graph, node.output[0]) is None:
-        return False
+        return None
     integers = graph.array(node.input[0]).astype(np.int64)
-    return bool(integers.min() >= LOWEST and integers.max() <= HIGHEST)
+    rows = integers.reshape(len(integers), -1)
+    return np.asarray((rows.min(axis=1) >= LOWEST) & (rows.max(axis=1) <= HIGHEST))
+
+
+def _worth_packing(graph: Graph, dequantize: onnx.NodeProto, narrow: NDArray[np.bool_]) -> bool:
+    """Whether packing these channels only saves more than it costs to say which they are."""
+    integers = graph.array(dequantize.input[0])
+    saved = int(narrow.sum()) * integers[0].size // 2
+    return bool(saved > ORDER_BYTES * len(integers) + NODES_BYTES)
 
 
 def convolution_of(graph: Graph, weights: str) -> onnx.NodeProto | None:
@@ -79,6 +91,30 @@ def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
     if len(dequantize.input) > 2:
         del dequantize.input[2]  # zero, and of the wrong type now
     return []
+
+
+def _partly_packed(graph: Graph, dequantize: onnx.NodeProto, narrow: NDArray[np.bool_]) -> list[onnx.NodeProto]:
+    """Let a DequantizeLinear take these channels from packed weights; returns the nodes that must go before it."""
+    name = dequantize.input[0]
+    integers = graph.array(name)
+    four, eight, order, cast, joined, whole = (
+        f"{name}/{part}" for part in ("int4", "rest", "order", "int8", "joined", "whole")
+    )
+    # where each channel lies once the narrow ones come first
+    places = np.argsort(np.argsort(~narrow, kind="stable"), kind="stable").astype(np.int32)
+    graph.model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(_as_int4(integers[narrow]), four),
+            numpy_helper.from_array(integers[~narrow], eight),
+            numpy_helper.from_array(places, order),
+        ]
+    )
+    dequantize.input[0] = whole
+    return [
+        helper.make_node("Cast", [four], [cast], name=f"{four}/Cast", to=onnx.TensorProto.INT8),
+        helper.make_node("Concat", [cast, eight], [joined], name=f"{four}/Concat", axis=0),
+        helper.make_node("Gather", [joined, order], [whole], name=f"{four}/Gather", axis=0),
+    ]
 
 
 def _as_int4(integers: NDArray[np.generic]) -> NDArray[np.generic]:

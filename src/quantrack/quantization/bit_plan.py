@@ -13,16 +13,19 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import write_json
 
 BIT_RANGE = range(2, 9)
+PLANNED_BY = ("layer", "channel")  # what has bits of its own
+LayerBits = int | tuple[int, ...]  # of all weights of a layer, or of each output channel
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution: how many weights it has, and the error that each choice of bits brings."""
+    """One convolution, or one of its channels: how many weights, and the error that each choice of bits brings."""
 
     name: str
     weights: int
@@ -31,10 +34,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Weight bits by layer name, for the model of `model_digest`."""
+    """Weight bits by layer name, those of each output channel where they differ, for the model of `model_digest`."""
 
     model_digest: str
-    bits: Mapping[str, int]
+    bits: Mapping[str, LayerBits]
 
     def require_fits(self, model_digest: str, names: Sequence[str]) -> None:
         """Refuse a plan made for another model.
@@ -57,6 +60,11 @@ class BitPlan:
         """The content of `plan.json`."""
         return {"model_digest": self.model_digest, "bits": dict(self.bits)}
 
+    def average(self, name: str) -> float:
+        """Mean bits of one layer's weights."""
+        bits = self.bits[name]
+        return float(bits) if isinstance(bits, int) else sum(bits) / len(bits)
+
 
 def read_plan(path: Path) -> BitPlan:
     """Read what `BitPlan.write` wrote.
@@ -66,10 +74,9 @@ def read_plan(path: Path) -> BitPlan:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        digest, bits = content["model_digest"], content["bits"]
-        well_formed = isinstance(digest, str) and all(
-            type(value) is int and value in BIT_RANGE for value in bits.values()
-        )
+        digest = content["model_digest"]
+        bits = {name: tuple(value) if isinstance(value, list) else value for name, value in content["bits"].items()}
+        well_formed = isinstance(digest, str) and all(_are_bits(value) for value in bits.values())
     except OSError as error:
         raise QuantrackError(
             f"plan={path}: cannot be read ({error.strerror}); give the plan.json of a sensitivity run"
@@ -81,6 +88,11 @@ def read_plan(path: Path) -> BitPlan:
             f"plan={path}: bits must be whole numbers from 2 to 8; give the plan.json of a sensitivity run"
         )
     return BitPlan(digest, bits)
+
+
+def _are_bits(value: object) -> bool:
+    values = value if isinstance(value, tuple) and value else (value,)
+    return all(type(each) is int and each in BIT_RANGE for each in values)
 
 
 def solve_bits(costs: Sequence[LayerCost], average_bits: float) -> dict[str, int]:
@@ -98,7 +110,8 @@ def solve_bits(costs: Sequence[LayerCost], average_bits: float) -> dict[str, int
     if average_bits < least:
         raise UsageError(f"avg_bits={average_bits}: the fewest possible are {least:.3f}; ask for at least that")
     errors = np.array([cost.errors[bits] for cost, bits in choices])
-    one_each = np.array([[float(chosen is cost) for chosen, _ in choices] for cost in costs])
+    owners = [place for place, cost in enumerate(costs) for _ in cost.errors]
+    one_each = csr_array((np.ones(len(choices)), (owners, np.arange(len(choices)))))
     # as average bits, with a hair of room for the sum's rounding
     size = np.array([cost.weights * bits / total for cost, bits in choices])
     solution = milp(

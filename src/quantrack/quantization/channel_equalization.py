@@ -29,11 +29,13 @@ from quantrack.quantization.activation_ranges import LEVELS
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import (
     INT8_BITS,
+    Bits,
     QuantizedConvolution,
+    channel_bits,
     equalize,
     layer_plan,
     quantized_layers,
-    weight_bits,
+    shaped,
     weight_range,
 )
 
@@ -105,7 +107,7 @@ class ChannelEqualization:
             low=-self.reach(-seen.channel_minimum.cpu()),
             high=self.reach(seen.channel_maximum.cpu()),
             magnitudes=grouped.abs().amax(dim=(3, 4)),
-            limit=-weight_range(weight_bits(layer))[0],
+            limit=-weight_range(shaped(channel_bits(layer), layer.groups, -1))[0],
             variance=self.unexplained * seen.channel_variance * weight.shape[2] * weight.shape[3],
             activation=activation,
         )
@@ -134,7 +136,8 @@ class LayerError:
     """The estimated squared error of a convolution's outputs, as a function of its divisors [I].
 
     `importance` [I] is the sum of each input's squared weights, `low` and `high` [I] its range, `magnitudes`
-    [G, O/G, I/G] the largest weight of each kernel, `limit` the largest integer of a weight, `variance` v
+    [G, O/G, I/G] the largest weight of each kernel, `limit` the largest
+    integer of a weight, or of each output channel's [G, O/G], `variance` v
     times the weights of a kernel.
     """
 
@@ -142,7 +145,7 @@ class LayerError:
     low: Tensor
     high: Tensor
     magnitudes: Tensor
-    limit: int
+    limit: Bits
     variance: float
     activation: str | None
 

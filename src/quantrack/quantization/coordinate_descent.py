@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantrack.quantization.layers import clamp_integers, weight_range
+from quantrack.quantization.layers import Bits, clamp_integers, weight_range
 
 BLOCK = 64  # columns
 MOST_MOVED = 8  # one in so many weights of a column may move a sweep, which bounds its time
@@ -20,7 +20,7 @@ LEAST_KEPT = 0.5  # of a channel's answer to the signal, for a gain to make sens
 LEAST_GAIN = 1e-6  # of what moving by one step would cost a weight that has no error
 
 
-def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """Rounded weights [G, O/G, D] and scales [G, O/G] of less error, each output channel for itself.
 
     Each channel's scale becomes the best for its integers, then each integer in turn the best for all
@@ -39,7 +39,7 @@ def refined(weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, bit
     return integers * scale[:, :, None], scale
 
 
-def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
+def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, bits: Bits) -> Tensor:
     """Move the integers [G, O/G, B] of a few columns in place, one column after the other; by how much [G, O/G, B].
 
     The gradient of later columns is brought up to date once for all of these, which is many times faster.
@@ -56,7 +56,7 @@ def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, b
 
 
 def refined_jointly(
-    weight: Tensor, rounded: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, bits: int
+    weight: Tensor, rounded: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, bits: Bits
 ) -> Tensor:
     """Rounded weights [O, D] of less error over all output channels together, their scales [O] as they are.
 
@@ -65,10 +65,11 @@ def refined_jointly(
     """
     # many steps on small vectors, for which NumPy is several times faster than torch, and a GPU no help
     grid, curvature, across = (_array(tensor) for tensor in (scale, inputs, outputs))
+    allowed = tuple(_array(torch.as_tensor(end)) for end in weight_range(bits))
     integers = np.rint(_array(rounded) / grid[:, None])
     gradient = across @ (integers * grid[:, None] - _array(weight)) @ curvature
     for i in range(integers.shape[1]):
-        moved = _moved(integers[:, i], gradient[:, i], grid, curvature[i, i] * across, weight_range(bits))
+        moved = _moved(integers[:, i], gradient[:, i], grid, curvature[i, i] * across, allowed)
         change = (moved - integers[:, i]) * grid
         if change.any():
             integers[:, i] = moved
@@ -85,7 +86,7 @@ def _moved(
     gradient: NDArray[np.float32],
     scale: NDArray[np.float32],
     curvature: NDArray[np.float32],
-    allowed: tuple[int, int],
+    allowed: tuple[NDArray[np.float32], ...],
 ) -> NDArray[np.float32]:
     """One column's integers [O], moved one at a time, whichever gains most first, until none gains or enough are."""
     integers, gradient = integers.copy(), gradient.copy()

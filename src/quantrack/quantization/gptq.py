@@ -38,14 +38,16 @@ from quantrack.quantization.importance import output_importance, with_covariance
 from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
+    Bits,
     QuantizedConvolution,
+    channel_bits,
     clamp_integers,
     fake_quantize,
     layers_of_block,
     quantized_input,
     quantized_layers,
     set_weight_scale,
-    weight_bits,
+    shaped,
     weight_scale,
 )
 
@@ -141,14 +143,15 @@ class Gptq:
 
     def round_layer(self, layer: QuantizedConvolution, curvature: Curvature) -> tuple[float, float]:
         """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""
-        bits, scale = weight_bits(layer), weight_scale(layer)
+        bits, scale = shaped(channel_bits(layer), layer.groups, -1), weight_scale(layer)
         hessian = as_equalized(curvature.centred if self.centred else curvature.inputs, layer)
         weight = grouped(layer.weight.detach(), layer.groups)
-        nearest = grouped(fake_quantize(layer.weight.detach(), scale, bits), layer.groups)
+        nearest = grouped(fake_quantize(layer.weight.detach(), scale, channel_bits(layer)), layer.groups)
         factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
         scales = scale.reshape(layer.groups, -1).repeat(1, len(self.scale_factors)) * factors
         trials = weight.repeat(1, len(self.scale_factors), 1)
-        rounded = self.round(trials, hessian, scales, bits)
+        of_trials = bits.repeat(1, len(self.scale_factors)) if isinstance(bits, Tensor) else bits
+        rounded = self.round(trials, hessian, scales, of_trials)
         rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
         firm = damped(hessian, self.damping)
         for _ in range(self.sweeps):
@@ -156,7 +159,7 @@ class Gptq:
         if curvature.outputs is not None and layer.groups == 1:
             outputs = towards_diagonal(curvature.outputs, self.output_share)
             for _ in range(self.output_sweeps):
-                rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], outputs, bits)[None]
+                rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], outputs, shaped(bits, -1))[None]
         if self.unshrunken:
             gain = restoring_gain(weight, rounded, hessian)
             rounded, chosen = rounded * gain[:, :, None], chosen * gain
@@ -179,7 +182,7 @@ class Gptq:
         if names:
             yield names
 
-    def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
         order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
         columns = order[:, None, :].expand_as(weight)
@@ -189,7 +192,7 @@ class Gptq:
         rounded = self._round_sorted(weight.gather(2, columns), factor, scale, bits)
         return torch.empty_like(weight).scatter_(2, columns, rounded)
 
-    def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, bits: Bits) -> Tensor:
         rounded = torch.empty_like(weight)
         size = weight.shape[2]
         for start in range(0, size, self.block):

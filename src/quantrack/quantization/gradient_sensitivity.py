@@ -35,25 +35,40 @@ class LayerChange:
 Changes = Mapping[str, Mapping[int, LayerChange]]
 
 
-def gradient_errors(job: QuantizationJob, changes: Changes) -> dict[str, dict[int, float]]:
+@dataclass(frozen=True)
+class ChangeErrors:
+    """The estimated error of one change: of the whole layer's, and of each output channel's alone."""
+
+    layer: float
+    channels: tuple[float, ...]
+
+
+def gradient_errors(job: QuantizationJob, changes: Changes) -> dict[str, dict[int, ChangeErrors]]:
     """The estimated error of each change, by layer name and bits, over the job's pictures.
 
     Mean outputs count as restored, as bias correction will. Pictures count less as their gradients are
     larger than usual, so that none decides alone.
     """
-    effects: dict[str, dict[int, list[float]]] = {name: {bits: [] for bits in tried} for name, tried in changes.items()}
+    effects: dict[str, dict[int, list[Tensor]]] = {
+        name: {bits: [] for bits in tried} for name, tried in changes.items()
+    }
     norms: dict[str, list[float]] = {name: [] for name in changes}
     for name, weight, bias in _gradients(job, list(changes)):
         norms[name].append(float(weight.square().sum()))
         for bits, change in changes[name].items():
-            effects[name][bits].append(float((weight * change.weight).sum() - (bias * change.mean_output).sum()))
+            effects[name][bits].append((weight * change.weight).flatten(1).sum(dim=1) - bias * change.mean_output)
     trust = _trust(torch.tensor(list(norms.values()), dtype=torch.float64))
     return {
-        name: {
-            bits: float((trust * torch.tensor(seen, dtype=torch.float64).square()).mean()) for bits, seen in of.items()
-        }
+        name: {bits: _mean_square(torch.stack(seen).double().cpu(), trust) for bits, seen in of.items()}
         for name, of in effects.items()
     }
+
+
+def _mean_square(effects: Tensor, trust: Tensor) -> ChangeErrors:
+    """Of effects [projections, O] that count by `trust` [projections]."""
+    whole = (trust * effects.sum(dim=1).square()).mean()
+    channels = (trust[:, None] * effects.square()).mean(dim=0)
+    return ChangeErrors(float(whole), tuple(channels.tolist()))
 
 
 def _trust(norms: Tensor) -> Tensor:

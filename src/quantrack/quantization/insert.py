@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantrack.detector.roles import Role, convolution_roles
-from quantrack.errors import UsageError
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.quantization.bit_plan import LayerBits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     ACTIVATION_QUANTIZERS,
     LayerPlan,
+    bits_per_channel,
     insert_quantizers,
     quantized_layers,
-    weight_bits,
 )
 
 
@@ -51,12 +52,23 @@ class InsertQuantizers:
             # a plan never holds DFL's fixed weights, whatever the recipe does with them
             names = [name for name, role in roles.items() if role is not Role.DFL]
             job.plan.require_fits(job.model_digest, names)
-            return {name: LayerPlan(job.plan.bits[name], activation) for name in names}
+            return {name: _planned(job.model, name, job.plan.bits[name], activation) for name in names}
         return {
             name: LayerPlan(8 if role in self.roles_at_8_bits else job.scheme.weight_bits, activation)
             for name, role in roles.items()
             if role not in self.float_roles
         }
+
+
+def _planned(model: nn.Module, name: str, bits: LayerBits, activation: str | None) -> LayerPlan:
+    if isinstance(bits, int):
+        return LayerPlan(bits, activation)
+    own = len(model.get_submodule(name).weight)  # type: ignore[arg-type]
+    if len(bits) != own:
+        raise QuantrackError(
+            f"plan: {name} has {len(bits)} channels there, {own} in the model; run `sensitivity` on this model"
+        )
+    return LayerPlan(max(bits), activation, bits)
 
 
 def average_weight_bits(model: nn.Module) -> float:
@@ -71,5 +83,5 @@ def average_stored_bits(model: nn.Module) -> float:
 
 def _average(model: nn.Module, counted_as: Callable[[int], int]) -> float:
     layers = quantized_layers(model).values()
-    total = sum(layer.weight.numel() * counted_as(weight_bits(layer)) for layer in layers)
+    total = sum(layer.weight[0].numel() * sum(counted_as(bits) for bits in bits_per_channel(layer)) for layer in layers)
     return float(total / sum(layer.weight.numel() for layer in layers))

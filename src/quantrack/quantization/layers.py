@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import brevitas.nn as qnn
 import torch
@@ -29,6 +29,8 @@ from quantrack.detector.blocks import Block
 from quantrack.errors import QuantrackError
 
 INT8_BITS = 8
+Bits = int | Tensor  # of all weights of a layer, or of each output channel
+B = TypeVar("B", bound=Bits)
 UNSET = 12345.0  # marks a scale that no step has set yet; no calibration gives this very number
 
 
@@ -63,14 +65,18 @@ ACTIVATION_QUANTIZERS = {"symmetric": SymmetricActivation, "asymmetric": Asymmet
 class QuantizedConvolution(qnn.QuantConv2d):
     """Brevitas' convolution, of an input whose channels are multiplied by `input_scale` [1, I, 1, 1] first.
 
-    None, where no step has equalized channels: the input is taken as it is.
+    None, where no step has equalized channels: the input is taken as it is. `channel_bits` [O] are the bits of each
+    output channel's weights, None where all have those of the quantizer. Brevitas knows only these: that the
+    channels keep to their own is up to the steps.
     """
 
     input_scale: Tensor | None
+    channel_bits: Tensor | None
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:  # noqa: ANN401 - Brevitas is untyped
         super().__init__(*arguments, **settings)
         self.register_buffer("input_scale", None)
+        self.register_buffer("channel_bits", None)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = super().forward(x if self.input_scale is None else x * self.input_scale)
@@ -79,10 +85,14 @@ class QuantizedConvolution(qnn.QuantConv2d):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one convolution is quantized; `activation` is None where its input stays float."""
+    """How one convolution is quantized; `activation` is None where its input stays float.
+
+    `channel_bits` are the bits of each output channel's weights, `weight_bits` at most; None where all have these.
+    """
 
     weight_bits: int
     activation: str | None
+    channel_bits: tuple[int, ...] | None = None
 
 
 def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
@@ -122,6 +132,8 @@ def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> QuantizedConvolu
     )
     twin.weight = convolution.weight
     twin.bias = convolution.bias
+    if plan.channel_bits is not None:
+        twin.channel_bits = torch.tensor(plan.channel_bits)
     twin.to(convolution.weight.device).eval().requires_grad_(False)
     return twin
 
@@ -133,7 +145,8 @@ def layer_plans(model: nn.Module) -> dict[str, LayerPlan]:
 
 def layer_plan(layer: QuantizedConvolution) -> LayerPlan:
     """How one convolution is quantized."""
-    return LayerPlan(weight_bits(layer), _activation_kind(layer))
+    own = None if layer.channel_bits is None else tuple(layer.channel_bits.tolist())
+    return LayerPlan(weight_bits(layer), _activation_kind(layer), own)
 
 
 def _activation_kind(layer: QuantizedConvolution) -> str | None:
@@ -206,28 +219,48 @@ def effective_weight(layer: QuantizedConvolution) -> Tensor:
 
 
 def weight_bits(layer: QuantizedConvolution) -> int:
-    """Bits of the layer's weights; asking the proxy instead would quantize them all to answer."""
+    """Bits of the layer's weights, most where channels differ; asking the proxy would quantize them all to answer."""
     return int(layer.weight_quant.tensor_quant.msb_clamp_bit_width_impl().item())
 
 
-def weight_limit(bits: int) -> int:
+def channel_bits(layer: QuantizedConvolution) -> Bits:
+    """Bits of the layer's weights: a number, or one of each output channel, [O], where they differ."""
+    return weight_bits(layer) if layer.channel_bits is None else layer.channel_bits
+
+
+def bits_per_channel(layer: QuantizedConvolution) -> list[int]:
+    """Bits of each output channel's weights."""
+    if layer.channel_bits is None:
+        return [weight_bits(layer)] * layer.out_channels
+    return [int(bits) for bits in layer.channel_bits.tolist()]
+
+
+def shaped(bits: Bits, *shape: int) -> Bits:
+    """Bits of each channel in another shape; a number stays one."""
+    return bits.reshape(shape) if isinstance(bits, Tensor) else bits
+
+
+def weight_limit(bits: B) -> B:
     """The largest integer of a weight: 7 at 4 bits, 127 at 8."""
-    return (1 << (bits - 1)) - 1
+    limit: B = 2 ** (bits - 1) - 1  # type: ignore[assignment]
+    return limit
 
 
-def weight_range(bits: int) -> tuple[int, int]:
+def weight_range(bits: B) -> tuple[B, B]:
     """The smallest and largest integer of a weight.
 
     All of them below 8 bits (-8 to 7 at 4), as without -8 GPTQ's error at 4 bits is a tenth larger;
     -127 to 127 at 8 bits, as integer kernels want it.
     """
     limit = weight_limit(bits)
-    return (-limit if bits >= INT8_BITS else -limit - 1), limit
+    lowest: B = -limit - 1 * (bits < INT8_BITS)  # type: ignore[assignment]
+    return lowest, limit
 
 
-def clamp_integers(integers: Tensor, bits: int) -> Tensor:
+def clamp_integers(integers: Tensor, bits: Bits) -> Tensor:
     """Integers within the range of so many bits: -8 to 7 at 4 bits."""
-    return integers.clamp(*weight_range(bits))
+    lowest, highest = weight_range(bits)
+    return integers.clamp(lowest, highest)  # type: ignore[arg-type]
 
 
 def set_weight_scale(layer: QuantizedConvolution, scale: Tensor) -> None:
@@ -294,7 +327,7 @@ def activation_quantization(layer: QuantizedConvolution) -> ActivationQuantizati
     return ActivationQuantization(scale, zero_point, bool(proxy.is_signed))
 
 
-def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     """Round a weight [O, I/g, kh, kw] to its grid and back; scale has shape [O]."""
     step = scale.reshape(-1, 1, 1, 1)
-    return clamp_integers(torch.round(weight / step), bits) * step
+    return clamp_integers(torch.round(weight / step), shaped(bits, -1, 1, 1, 1)) * step

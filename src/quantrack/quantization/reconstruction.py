@@ -24,7 +24,7 @@ from quantrack.progress import track
 from quantrack.quantization.block_walk import BlockWalk
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import clamp_integers, layers_of_block
+from quantrack.quantization.layers import Bits, clamp_integers, layers_of_block
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 
 STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
@@ -33,7 +33,7 @@ STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
 class SoftRounding(nn.Module):
     """Between floor and ceiling by a learned share `h` of each weight; `harden` makes it 0 or 1."""
 
-    def __init__(self, units: Tensor, bits: int) -> None:
+    def __init__(self, units: Tensor, bits: Bits) -> None:
         super().__init__()
         inside = clamp_integers(units.detach(), bits)
         self.bits = bits
@@ -98,7 +98,7 @@ class BlockReconstruction:
         """Train one block's roundings; its loss with rounding to nearest, and with the learned ones."""
         before = compare.mean_loss()
         layers = compare.layers
-        roundings = {name: SoftRounding(layer.units, layer.bits) for name, layer in layers.items()}
+        roundings = {name: SoftRounding(layer.units, layer.bits_of_weights) for name, layer in layers.items()}
         for name, layer in layers.items():
             layer.set_rounding(roundings[name])
         optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings.values()], lr=self.learning_rate)

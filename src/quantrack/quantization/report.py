@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from quantrack.detector.roles import convolution_roles
 from quantrack.quantization.job import QuantizationJob, StepReport
-from quantrack.quantization.layers import activation_quantization, quantized_layers, weight_bits, weight_scale
+from quantrack.quantization.layers import (
+    QuantizedConvolution,
+    activation_quantization,
+    bits_per_channel,
+    quantized_layers,
+    weight_bits,
+    weight_scale,
+)
 
 
 def calibration_record(job: QuantizationJob, steps: Sequence[StepReport]) -> dict[str, object]:
@@ -48,6 +56,7 @@ def layer_records(job: QuantizationJob) -> list[dict[str, object]]:
             | {
                 "weights": layer.weight.numel(),
                 "weight_bits": weight_bits(layer),
+                **_bits_of_channels(layer),
                 "weight_scale": "per output channel, symmetric",
                 "weight_scale_min": float(scales.min()),
                 "weight_scale_max": float(scales.max()),
@@ -57,6 +66,14 @@ def layer_records(job: QuantizationJob) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def _bits_of_channels(layer: QuantizedConvolution) -> dict[str, object]:
+    """How many output channels have how many bits, where they differ."""
+    if layer.channel_bits is None:
+        return {}
+    counts = Counter(bits_per_channel(layer))
+    return {"weight_bits_of_channels": {str(bits): counts[bits] for bits in sorted(counts)}}
 
 
 def _kind(signed: bool) -> str:

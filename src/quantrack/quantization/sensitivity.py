@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
-from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerCost, solve_bits
+from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerBits, LayerCost, solve_bits
 from quantrack.quantization.gptq import Gptq, grouped
-from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
+from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, StepReport, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
@@ -74,16 +74,36 @@ class RoundedLayer:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One convolution's row: `errors` by bits, as `Divergence.outputs` per object."""
+    """One convolution's row: `errors` by bits, as `Divergence.outputs` per object.
+
+    `channel_errors` are those of each output channel alone, where gradients told them.
+    """
 
     name: str
     role: Role
     weights: int
     errors: Mapping[int, float]
+    channel_errors: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def cost(self) -> LayerCost:
         return LayerCost(self.name, self.weights, self.errors)
+
+    @property
+    def parts(self) -> list[LayerCost]:
+        """The cost of each output channel alone."""
+        by_channel = list(zip(*self.channel_errors.values(), strict=True))
+        weights = self.weights // len(by_channel)
+        return [
+            LayerCost(f"{self.name} {channel}", weights, dict(zip(self.channel_errors, errors, strict=True)))
+            for channel, errors in enumerate(by_channel)
+        ]
+
+    def planned_error(self, bits: LayerBits) -> float:
+        """The error at a plan's bits; those of channels add up."""
+        if isinstance(bits, int):
+            return self.errors[bits]
+        return sum(self.channel_errors[each][channel] for channel, each in enumerate(bits))
 
 
 @dataclass(frozen=True)
@@ -122,29 +142,46 @@ def _read(path: Path) -> Measured:
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         LayerSensitivity(
-            row["name"], Role(row["role"]), row["weights"], {int(bits): error for bits, error in row["errors"].items()}
+            row["name"],
+            Role(row["role"]),
+            row["weights"],
+            {int(bits): error for bits, error in row["errors"].items()},
+            {int(bits): tuple(errors) for bits, errors in row["channel_errors"].items()},
         )
         for row in kept["rows"]
     ]
     return Measured(tuple(rows), kept["seconds"], cached=True)
 
 
-def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float) -> StepReport:
+def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float, plan_by: str) -> StepReport:
     """Give the job the plan of least error under a budget; reported as a step, as it takes a step's time."""
     measured = kept_sensitivity(job, settings)
-    job.plan = plan_bits(job, measured.rows, average_bits)
-    planned = sum(row.errors[job.plan.bits[row.name]] for row in measured.rows)
+    job.plan = plan_bits(job, measured.rows, average_bits, plan_by)
+    planned = sum(row.planned_error(job.plan.bits[row.name]) for row in measured.rows)
     return StepReport("Sensitivity", measured.seconds, {"planned_error": planned}, measured.cached)
 
 
 def _table(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
     rounded = rounded_weights(job, settings)
-    errors = estimated_errors(job, rounded) if settings.measure == "gradient" else tried_errors(job, rounded, settings)
     roles = convolution_roles(job.float_model)
-    return tuple(LayerSensitivity(name, roles[name], layer.weights, errors[name]) for name, layer in rounded.items())
+    if settings.measure == "gradient":
+        estimated = estimated_errors(job, rounded)
+        return tuple(_estimated_row(name, roles[name], rounded[name], errors) for name, errors in estimated.items())
+    tried = tried_errors(job, rounded, settings)
+    return tuple(LayerSensitivity(name, roles[name], layer.weights, tried[name]) for name, layer in rounded.items())
 
 
-def estimated_errors(job: QuantizationJob, rounded: Mapping[str, RoundedLayer]) -> dict[str, dict[int, float]]:
+def _estimated_row(name: str, role: Role, layer: RoundedLayer, errors: Mapping[int, ChangeErrors]) -> LayerSensitivity:
+    return LayerSensitivity(
+        name,
+        role,
+        layer.weights,
+        {bits: each.layer for bits, each in errors.items()},
+        {bits: each.channels for bits, each in errors.items()},
+    )
+
+
+def estimated_errors(job: QuantizationJob, rounded: Mapping[str, RoundedLayer]) -> dict[str, dict[int, ChangeErrors]]:
     """The error of each convolution at each number of bits, alone, from gradients: a pass, and two back."""
     changes: dict[str, dict[int, LayerChange]] = {}
     for name, layer in rounded.items():
@@ -200,9 +237,20 @@ def measure_score_sensitivity(
     return tuple(rows)
 
 
-def plan_bits(job: QuantizationJob, rows: Sequence[LayerSensitivity], average_bits: float) -> BitPlan:
-    """The plan of least total error whose weighted average is at most `average_bits`."""
-    return BitPlan(job.model_digest, solve_bits([row.cost for row in rows], average_bits))
+def plan_bits(
+    job: QuantizationJob, rows: Sequence[LayerSensitivity], average_bits: float, plan_by: str = "layer"
+) -> BitPlan:
+    """The plan of least total error whose weighted average is at most `average_bits`.
+
+    By `layer`, or by `channel`: each output channel has bits of its own. The head's outputs are planned by layer in
+    any case: a channel there is a class, and of most classes a few pictures show nothing.
+    """
+    costs = {row.name: row.parts if plan_by == "channel" and row.role is not Role.HEAD_OUTPUT else [] for row in rows}
+    chosen = solve_bits([cost for row in rows for cost in costs[row.name] or [row.cost]], average_bits)
+    return BitPlan(
+        job.model_digest,
+        {name: tuple(chosen[part.name] for part in parts) if parts else chosen[name] for name, parts in costs.items()},
+    )
 
 
 def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, RoundedLayer]:

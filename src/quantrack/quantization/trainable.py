@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from quantrack.quantization.layers import (
+    Bits,
     QuantizedConvolution,
     activation_quantization,
     clamp_integers,
@@ -85,12 +86,14 @@ class TrainableConvolution(nn.Module):
         super().__init__()
         scale = weight_scale(layer)
         self.bits = weight_bits(layer)
+        self.channel_bits: Tensor | None
+        self.register_buffer("channel_bits", None if layer.channel_bits is None else layer.channel_bits.clone())
         self.scale: Tensor
         self.register_buffer("scale", scale.clone())
         self.input_scale: Tensor | None
         self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.clone())
         wanted = equalized_weight(float_weight.detach(), layer)
-        self.units = nn.Parameter(latent_units(layer.weight.detach(), wanted, scale, self.bits))
+        self.units = nn.Parameter(latent_units(layer.weight.detach(), wanted, scale, self.bits_of_weights))
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias)
@@ -113,6 +116,11 @@ class TrainableConvolution(nn.Module):
         """The weights on their grid, shape [O, I/g, kh, kw]."""
         return self.rounding[0](self.units) * self.current_scale()[:, None, None, None]
 
+    @property
+    def bits_of_weights(self) -> Bits:
+        """Bits of all weights, or of each output channel's, [O, 1, 1, 1]."""
+        return self.bits if self.channel_bits is None else self.channel_bits[:, None, None, None]
+
     def current_scale(self) -> Tensor:
         """The scale per output channel, shape [O]."""
         return self.scale * self.log_change.exp()
@@ -123,11 +131,11 @@ class TrainableConvolution(nn.Module):
 
     def round_straight_through(self, units: Tensor) -> Tensor:
         """The nearest integers within the limits."""
-        rounded: Tensor = _Round.apply(clamp_integers(units, self.bits))  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Round.apply(clamp_integers(units, self.bits_of_weights))  # type: ignore[no-untyped-call]
         return rounded
 
 
-def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def latent_units(weight: Tensor, float_weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     """Where training starts: the integers that `weight` rounds to, each moved towards the float weight.
 
     Weights that lie on the grid, as GPTQ leaves them, would all be equally far from changing; those

@@ -11,10 +11,11 @@ from torch import Tensor
 from quantrack.errors import UsageError
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
+    Bits,
+    channel_bits,
     fake_quantize,
     quantized_layers,
     set_weight_scale,
-    weight_bits,
     weight_limit,
 )
 
@@ -27,7 +28,7 @@ class MinMaxWeightScales:
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         for layer in quantized_layers(job.model).values():
-            set_weight_scale(layer, min_max_scale(layer.weight, weight_bits(layer)))
+            set_weight_scale(layer, min_max_scale(layer.weight, channel_bits(layer)))
         return {}
 
 
@@ -43,7 +44,7 @@ class PercentileWeightScales:
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         for layer in quantized_layers(job.model).values():
-            limit = weight_limit(weight_bits(layer))
+            limit = weight_limit(channel_bits(layer))
             magnitudes = layer.weight.detach().abs().flatten(1)
             set_weight_scale(
                 layer, (magnitudes.quantile(self.percentile / 100, dim=1) / limit).clamp_min(SMALLEST_SCALE)
@@ -68,7 +69,7 @@ class MseWeightScales:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         before = after = 0.0
         for layer in quantized_layers(job.model).values():
-            bits, weight = weight_bits(layer), layer.weight.detach()
+            bits, weight = channel_bits(layer), layer.weight.detach()
             start = min_max_scale(weight, bits)
             best = self.search(weight, start, bits)
             set_weight_scale(layer, best)
@@ -76,7 +77,7 @@ class MseWeightScales:
             after += float(channel_error(weight, best, bits).sum())
         return {"error_before": before, "error_after": after}
 
-    def search(self, weight: Tensor, start: Tensor, bits: int) -> Tensor:
+    def search(self, weight: Tensor, start: Tensor, bits: Bits) -> Tensor:
         """The best of `candidates` shrunken scales for each output channel, shape [O]."""
         best, least = start, channel_error(weight, start, bits)
         for shrink in torch.linspace(self.smallest_shrink, 1.0, self.candidates).tolist():
@@ -86,11 +87,11 @@ class MseWeightScales:
         return best
 
 
-def min_max_scale(weight: Tensor, bits: int) -> Tensor:
+def min_max_scale(weight: Tensor, bits: Bits) -> Tensor:
     """Largest magnitude of each output channel over the largest integer, shape [O]."""
     return (weight.detach().abs().flatten(1).amax(dim=1) / weight_limit(bits)).clamp_min(SMALLEST_SCALE)
 
 
-def channel_error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def channel_error(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     """Squared rounding error of each output channel, shape [O]."""
     return (fake_quantize(weight, scale, bits) - weight).square().flatten(1).sum(dim=1)

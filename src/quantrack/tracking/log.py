@@ -106,7 +106,7 @@ def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) 
         "role": [row.role.value for row in rows],
         "weights": [row.weights for row in rows],
         **{f"error at {each} bits": [row.errors[each] for row in rows] for each in bits},
-        "planned bits": [plan.bits[row.name] for row in rows],
+        "planned bits": [plan.average(row.name) for row in rows],
     }
     mlflow.log_table(table, "sensitivity.json")
     log_json(plan.record(), "plan.json")
@@ -114,8 +114,8 @@ def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) 
     weights = sum(row.weights for row in rows)
     mlflow.log_metrics(
         {
-            "weight_bits_avg": sum(plan.bits[row.name] * row.weights for row in rows) / weights,
-            "planned_error": sum(row.errors[plan.bits[row.name]] for row in rows),
+            "weight_bits_avg": sum(plan.average(row.name) * row.weights for row in rows) / weights,
+            "planned_error": sum(row.planned_error(plan.bits[row.name]) for row in rows),
             "error_at_fewest_bits": sum(row.errors[bits[0]] for row in rows),
         }
     )

@@ -56,7 +56,7 @@ def test_channels_of_different_bits_are_packed_by_channel(small, tmp_path, place
     onnx.checker.check_model(onnx.load(target), full_check=True)
     images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
     require_same_outputs(open_session(source, "cpu"), open_session(target, "cpu"), images)
-    assert target.stat().st_size < 0.93 * source.stat().st_size  # half of the weights, and this net is small
+    assert target.stat().st_size < 0.97 * source.stat().st_size  # half of the weights of a small net
 
 
 def placed(small, source, target):

@@ -26,10 +26,11 @@ from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
 
 CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"
-PLAIN = Gptq(importance_share=0.0, centred=False, scale_factors=(1.0,), sweeps=0, output_sweeps=0)
+PLAIN = Gptq(importance_share=0.0, centred=False, scale_factors=(1.0,), sweeps=0, output_sweeps=0, unshrunken=False)
 WEIGHED = replace(PLAIN, importance_share=Gptq.importance_share)
 CENTRED = replace(WEIGHED, centred=True)
 SCALED = replace(CENTRED, scale_factors=Gptq.scale_factors)
+SWEPT = replace(SCALED, sweeps=Gptq.sweeps)
 OWN_CHANNELS = tuple(step for step in CALIBRATED if not isinstance(step, ChannelEqualization))
 # Each rung keeps what the one before it has.
 LADDER = (
@@ -39,11 +40,12 @@ LADDER = (
     Recipe("4-importance", (*OWN_CHANNELS, WEIGHED, BiasCorrection())),
     Recipe("5-centred", (*OWN_CHANNELS, CENTRED, BiasCorrection())),
     Recipe("6-scale-factors", (*OWN_CHANNELS, SCALED, BiasCorrection())),
-    Recipe("7-sweeps", (*OWN_CHANNELS, Gptq(), BiasCorrection())),
-    Recipe("8-range-search", (*OWN_CHANNELS, ActivationRangeSearch(), Gptq(), BiasCorrection())),
-    Recipe("9-equalized-channels", RECIPES["default"]),
-    Recipe("10-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
-    Recipe("11-across-channels", RECIPES["best"]),
+    Recipe("7-sweeps", (*OWN_CHANNELS, SWEPT, BiasCorrection())),
+    Recipe("8-unshrunken", (*OWN_CHANNELS, Gptq(), BiasCorrection())),
+    Recipe("9-range-search", (*OWN_CHANNELS, ActivationRangeSearch(), Gptq(), BiasCorrection())),
+    Recipe("10-equalized-channels", RECIPES["default"]),
+    Recipe("11-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
+    Recipe("12-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

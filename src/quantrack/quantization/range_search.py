@@ -37,7 +37,7 @@ from quantrack.schemes import Scheme
 
 INPUTS_ONLY = Scheme("inputs only", 8, 8)
 Errors = Mapping[str, Mapping[float, float]]  # by layer and share of its range
-LOOK = 4  # pictures that are enough to tell which layers cost most
+LOOK = 2  # pictures that are enough to tell which layers cost most
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ActivationRangeSearch:
 
     layers: int = 8
     shrinks: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25, 0.18)
-    images: int = 16
+    images: int = 8
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.images < 1:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from brevitas.core.function_wrapper import TensorClamp
 
 from quantrack.errors import UsageError
 from quantrack.quantization import coordinate_descent
@@ -23,6 +24,7 @@ from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
+    Clamp,
     activation_quantization,
     fake_quantize,
     quantized_layers,
@@ -100,6 +102,18 @@ def test_brevitas_rounds_to_our_grid(make_job: MakeJob) -> None:
     for layer in quantized_layers(job.model).values():
         expected = fake_quantize(layer.weight.detach(), weight_scale(layer), weight_bits(layer))
         torch.testing.assert_close(layer.quant_weight().value, expected)
+
+
+def test_clamping_is_brevitas_own() -> None:
+    x = torch.tensor([-torch.inf, -2.5, -2.0, 0.1, 1.0, 1.5, torch.inf, torch.nan], requires_grad=True)
+    gradients = []
+    for clamp in (Clamp(), TensorClamp()):
+        clamped = clamp(x, min_val=torch.tensor(-2.0), max_val=torch.tensor(1.0))
+        torch.testing.assert_close(
+            clamped, torch.tensor([-2.0, -2, -2, 0.1, 1, 1, 1, torch.nan]), rtol=0, atol=0, equal_nan=True
+        )
+        gradients.append(torch.autograd.grad(clamped.nansum(), x)[0][[0, 1, 3, 5, 6]])  # not on the bounds themselves
+    assert torch.equal(*gradients)
 
 
 def test_mse_scales_beat_min_max(make_job: MakeJob) -> None:

@@ -34,11 +34,22 @@ B = TypeVar("B", bound=Bits)
 UNSET = 12345.0  # marks a scale that no step has set yet; no calibration gives this very number
 
 
+class Clamp(nn.Module):
+    """What Brevitas' `TensorClamp` computes, in two operators, not four, which are a third of a quantized pass."""
+
+    def __init__(self) -> None:  # Brevitas' injector refuses PyTorch's own, which takes any arguments
+        super().__init__()
+
+    def forward(self, x: Tensor, min_val: Tensor, max_val: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(x, max_val), min_val)  # in half the time of torch.clamp with tensors
+
+
 class WeightPerChannel(IntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
     """Weights with zero point 0 and one scale per output channel, in the range of `weight_range`."""
 
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
+    tensor_clamp_impl = Clamp
 
 
 class SymmetricActivation(IntQuant, PerTensorFloatScaling8bit, ActQuantSolver):
@@ -46,6 +57,7 @@ class SymmetricActivation(IntQuant, PerTensorFloatScaling8bit, ActQuantSolver):
 
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
+    tensor_clamp_impl = Clamp
 
 
 class AsymmetricActivation(UintQuant, PerTensorFloatScaling8bit, ActQuantSolver):
@@ -53,6 +65,7 @@ class AsymmetricActivation(UintQuant, PerTensorFloatScaling8bit, ActQuantSolver)
 
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
+    tensor_clamp_impl = Clamp
     quantize_zero_point = True
     zero_point_impl = ParameterZeroPoint
     zero_point_init = 0.0

@@ -36,6 +36,7 @@ ONCE = (
     {"mode": "w8a8", "recipe": "naive"},
     {"mode": "w4a8", "recipe": "naive"},
     {"mode": "w4a8"} | PLANNED | {"plan_bits": "4,8"},
+    {"mode": "w4a8"} | PLANNED | {"plan_by": "channel"},
 )
 CASES = (
     ("baseline", {"precision": "fp32"}),
@@ -43,8 +44,8 @@ CASES = (
     ("ptq", {"mode": "w8a16", "recipe": "default"}),
     ("ptq", {"mode": "w8a8", "recipe": "default"}),
     *(("ptq", case | {"seed": "0"}) for case in TWICE),
-    *(("ptq", case) for case in ONCE),
     *(("ptq", case | {"seed": "1"}) for case in TWICE),
+    *(("ptq", case) for case in ONCE),
 )
 PLAN_BITS = default_texts(PtqSettings)["plan_bits"]
 COLUMNS = (

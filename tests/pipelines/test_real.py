@@ -55,6 +55,18 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, stor
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
 
 
+def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path) -> None:
+    run = measure(
+        real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
+        "--plan-by", "channel", "--weight-storage", "int4",
+    )  # fmt: skip
+    metrics = run.data.metrics
+    assert 4.49 < metrics["weight_bits_avg"] <= 4.5
+    assert metrics["mAP50-95"] >= 0.40
+    baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
+    assert metrics["onnx_mb"] < 0.25 * baseline.data.metrics["onnx_mb"]
+
+
 @pytest.mark.parametrize(("mode", "storage", "least"), [("w8a8", "int8", 0.455), ("w4a8", "int4", 0.40)])
 def test_integer_kernels(real_inputs: Path, store: Path, mode: str, storage: str, least: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode, "--placement", "full", "--weight-storage", storage)

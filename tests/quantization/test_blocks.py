@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.demo import demo_calibration_list, demo_folder
 from quantrack.detector.blocks import INPUT, network_blocks, run_blocks
-from quantrack.detector.heads import head_levels, raw_outputs
+from quantrack.detector.heads import RawOutputs, head_levels, raw_outputs
 from quantrack.detector.load import Detector, load_detector
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
@@ -26,7 +26,7 @@ from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.distillation import Distillation
-from quantrack.quantization.divergence import divergence
+from quantrack.quantization.divergence import detection_divergence, divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
@@ -139,6 +139,22 @@ def test_divergence_of_a_detector_from_itself_is_zero(detector: Detector) -> Non
         apart = divergence(tap.taken(), tap.taken())
     for term in (apart.scores, apart.boxes, apart.features):
         assert float(term) == pytest.approx(0, abs=1e-5)
+
+
+def outputs_of_one_object(column: int, logit: float = 3.0) -> RawOutputs:
+    classes = torch.full((1, 2, 6, 8), -20.0)
+    classes[0, 1, 2, column] = logit
+    return RawOutputs((torch.zeros(1, 4, 6, 8),), (classes,), (torch.ones(1, 3, 6, 8),))
+
+
+def test_an_object_may_move_by_a_position_and_no_further() -> None:
+    here = outputs_of_one_object(3)
+    assert float(detection_divergence(outputs_of_one_object(4), here).scores) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(outputs_of_one_object(4), here).scores) > 1.8
+    gone = outputs_of_one_object(5)
+    assert float(detection_divergence(gone, here).scores) == pytest.approx(float(divergence(gone, here).scores))
+    weaker = outputs_of_one_object(3, logit=1.0)
+    assert float(detection_divergence(weaker, here).scores) == pytest.approx(float(divergence(weaker, here).scores))
 
 
 def test_trainable_twin_computes_what_brevitas_computes(job: QuantizationJob) -> None:

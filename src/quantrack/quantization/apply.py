@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantrack.detector.heads import RawOutputs, head_levels, raw_outputs
 from quantrack.progress import say
-from quantrack.quantization.divergence import divergence
+from quantrack.quantization.divergence import detection_divergence
 from quantrack.quantization.job import QuantizationJob, Step, StepReport, first_pictures
 from quantrack.quantization.layers import scales_are_set
 from quantrack.quantization.step_cache import WORTH_SECONDS, restore_step, save_step, step_keys
@@ -77,7 +77,7 @@ def output_divergence(job: QuantizationJob, probe: Probe | None) -> float | None
         return None
     with raw_outputs(job.model) as tap:
         job.model(probe.pictures)
-        return float(divergence(tap.taken(), probe.outputs).outputs)
+        return float(detection_divergence(tap.taken(), probe.outputs).outputs)
 
 
 def _restored(job: QuantizationJob, keys: Sequence[str]) -> list[StepReport]:

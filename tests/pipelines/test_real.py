@@ -62,9 +62,9 @@ def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, 
     )  # fmt: skip
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.40
+    assert metrics["mAP50-95"] >= 0.42
     baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
-    assert metrics["onnx_mb"] < 0.25 * baseline.data.metrics["onnx_mb"]
+    assert metrics["onnx_mb"] < 0.26 * baseline.data.metrics["onnx_mb"]
 
 
 @pytest.mark.parametrize(("mode", "storage", "least"), [("w8a8", "int8", 0.455), ("w4a8", "int4", 0.40)])

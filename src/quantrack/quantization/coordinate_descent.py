@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantrack.quantization.layers import Bits, clamp_integers, weight_range
+from quantrack.quantization.layers import Bits, weight_range
 
 BLOCK = 64  # columns
 MOST_MOVED = 8  # one in so many weights of a column may move a sweep, which bounds its time
@@ -44,15 +44,19 @@ def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, b
 
     The gradient of later columns is brought up to date once for all of these, which is many times faster.
     """
-    moved = torch.zeros_like(gradient)
-    curvature = hessian.diagonal(dim1=1, dim2=2)
-    for i in range(integers.shape[2]):
-        wanted = integers[:, :, i] - gradient[:, :, i] / (curvature[:, None, i] * scale)
-        change = clamp_integers(wanted.round(), bits) - integers[:, :, i]
-        integers[:, :, i] += change
-        moved[:, :, i] = change * scale
-        gradient[:, :, i:] += moved[:, :, i, None] * hessian[:, None, i, i:]
-    return moved
+    # columns first, and in NumPy: as below, many steps on small vectors
+    values, slope = (np.ascontiguousarray(_array(tensor).transpose(2, 0, 1)) for tensor in (integers, gradient))
+    grid, curvature = _array(scale), np.ascontiguousarray(_array(hessian).transpose(1, 2, 0))[..., None]
+    allowed = tuple(_array(torch.as_tensor(end)) for end in weight_range(bits))
+    moved = np.zeros_like(values)
+    for i in range(len(values)):
+        wanted = np.rint(values[i] - slope[i] / (curvature[i, i] * grid)).clip(*allowed)
+        moved[i] = (wanted - values[i]) * grid
+        if moved[i].any():
+            values[i] = wanted
+            slope[i + 1 :] += curvature[i, i + 1 :] * moved[i]
+    integers.copy_(torch.from_numpy(values.transpose(1, 2, 0)))
+    return torch.from_numpy(moved.transpose(1, 2, 0)).to(gradient)
 
 
 def refined_jointly(

@@ -35,7 +35,7 @@ def drawn_columns(x: Tensor, layer: nn.Conv2d, drawn: Tensor) -> Tensor:
 
 def mean_column(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """The mean [G, D] of all columns."""
-    padded = _padded(x, layer)
+    padded = _padded(x.mean(dim=0, keepdim=True), layer)  # pictures first, so that offsets go over one of them
     height, width = output_size(x, layer)
     means = []
     for row, column in _offsets(layer):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantrack.detector.heads import head_levels
 from quantrack.errors import UsageError
@@ -29,6 +29,7 @@ from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import (
     QuantizedConvolution,
     activation_quantization,
+    quantized_input,
     quantized_layers,
     set_activation_range,
 )
@@ -92,29 +93,22 @@ class ActivationRangeSearch:
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
         """What the costliest layers cost at their range, and at smaller ones as long as these cost less."""
-        probe = copy.deepcopy(job.model)
-        layers = quantized_layers(probe)
-        for layer in layers.values():
-            layer.weight_quant.disable_quant = layer.input_quant.disable_quant = True
-        seen = {name: {1.0: partial(input_rounded, layers[name], ends)} for name, ends in ranges.items()}
+        rounding = _Rounding(job)
+        seen = {name: {1.0: rounding.trial(name, ends)} for name, ends in ranges.items()}
         few = first_pictures(job, min(self.images, LOOK))
-        costs = trial_errors(few, probe, seen, outputs_and_features, "activation ranges: what each costs")
+        costs = trial_errors(few, rounding.probe, seen, outputs_and_features, "activation ranges: what each costs")
         worst = sorted(costs, key=lambda name: costs[name][1.0], reverse=True)[: self.layers]
-        return self.shrunken_errors(job, probe, {name: ranges[name] for name in worst})
+        return self.shrunken_errors(job, rounding, {name: ranges[name] for name in worst})
 
-    def shrunken_errors(self, job: QuantizationJob, probe: nn.Module, ranges: Mapping[str, Range]) -> Errors:
-        """What these layers cost in `probe`, which is float but for the trial, at one range after the other."""
-        layers = quantized_layers(probe)
+    def shrunken_errors(self, job: QuantizationJob, rounding: _Rounding, ranges: Mapping[str, Range]) -> Errors:
+        """What these layers cost, at one range after the other."""
         few = first_pictures(job, self.images)
         errors: dict[str, dict[float, float]] = {name: {} for name in ranges}
         going_on = list(ranges)
         for shrinks in ((1.0, self.shrinks[0]), *((shrink,) for shrink in self.shrinks[1:])):
-            trials = {
-                name: {s: partial(input_rounded, layers[name], clipped(ranges[name], s)) for s in shrinks}
-                for name in going_on
-            }
+            trials = {name: {s: rounding.trial(name, clipped(ranges[name], s)) for s in shrinks} for name in going_on}
             label = f"activation ranges: {shrinks[-1]} of the range"
-            for name, found in trial_errors(few, probe, trials, outputs_and_features, label).items():
+            for name, found in trial_errors(few, rounding.probe, trials, outputs_and_features, label).items():
                 errors[name].update(found)
             going_on = [name for name in going_on if min(errors[name], key=errors[name].__getitem__) == shrinks[-1]]
             if not going_on:
@@ -162,12 +156,25 @@ def clipped(whole: Range, shrink: float) -> Range:
     return max(low, -limit), min(high, limit)
 
 
-@contextmanager
-def input_rounded(layer: QuantizedConvolution, range_: Range) -> Iterator[None]:
-    """Let a layer of a probe round its input, on a grid over this range."""
-    set_activation_range(layer, *range_)
-    layer.input_quant.disable_quant = False
-    try:
-        yield
-    finally:
-        layer.input_quant.disable_quant = True
+class _Rounding:
+    """The float network as a probe, in which one convolution at a time rounds its input as the job's layer would."""
+
+    def __init__(self, job: QuantizationJob) -> None:
+        self.probe = job.float_model
+        self._layers = quantized_layers(copy.deepcopy(job.model))
+
+    def trial(self, name: str, range_: Range) -> Callable[[], AbstractContextManager[None]]:
+        """A layer's input rounded on a grid over this range while the context is open."""
+        return partial(self._rounded, name, range_)
+
+    @contextmanager
+    def _rounded(self, name: str, range_: Range) -> Iterator[None]:
+        layer = self._layers[name]
+        set_activation_range(layer, *range_)
+        handle = self.probe.get_submodule(name).register_forward_pre_hook(
+            lambda convolution, inputs: quantized_input(layer, inputs[0])
+        )
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -25,8 +25,15 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest file first, so that no worker is idle in the end."""
-    items.sort(key=lambda item: item.path.name != "test_real.py")
+    """A worker takes a file at a time, or all tests of the demo's runs, so that these are made once; longest first."""
+    items.sort(key=lambda item: (item.path.name != "test_real.py", "shared_store" not in fixtures_of(item)))
+    for item in items:
+        demo_runs = "shared_store" in fixtures_of(item)
+        item.add_marker(pytest.mark.xdist_group("demo runs" if demo_runs else str(item.path)))
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
 
 
 @pytest.fixture(autouse=True)

@@ -67,11 +67,12 @@ def missed_and_made_up(own: Tensor, other: Tensor) -> Tensor:
     >>> round(float(missed_and_made_up(object_here.roll(3), object_here).sum()), 2)
     1.62
     """
-    missed, made_up = other - _highest_nearby(own), own - _highest_nearby(other)
+    missed, made_up = other - highest_nearby(own), own - highest_nearby(other)
     return missed.clamp_min(0).square() + made_up.clamp_min(0).square()
 
 
-def _highest_nearby(scores: Tensor) -> Tensor:
+def highest_nearby(scores: Tensor) -> Tensor:
+    """The highest of each score [B, C, H, W] and its neighbours'."""
     return max_pool2d(scores, kernel_size=3, stride=1, padding=1)
 
 

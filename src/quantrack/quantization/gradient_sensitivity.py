@@ -3,8 +3,8 @@
 One backward pass a picture gives it for all layers and numbers of bits at once, where trying each of
 them on as many pictures would take hours: to first order a change of weights moves an output by its
 product with the output's gradient. As in `importance`, outputs are randomly projected, so that the
-mean square over pictures and projections estimates what `divergence` measures (the Gauss-Newton
-approximation; Dong et al., "HAWQ-V2", arXiv:1911.03852, go by the mean of the same matrix's diagonal).
+mean square over pictures and projections estimates the squared error of objects' logits and boxes (the
+Gauss-Newton approximation; Dong et al., "HAWQ-V2", arXiv:1911.03852, go by the mean of the same matrix's diagonal).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where in a picture an error of a layer reaches the detections: the positions that matter.
 
 Nearly all positions of a picture are background, whose errors no detection shows. The importance of a
-position is the squared gradient, there, of a random projection of the raw outputs, each weighed by
-how much an error of it moves the score or the box: an estimate of the Gauss-Newton diagonal
-(Hutchinson's; Martens, arXiv:1412.1193, section 8) of what `divergence` measures.
+position is the squared gradient, there, of a random projection of the logits and boxes of the objects
+that the detector expects: an estimate of the Gauss-Newton diagonal (Hutchinson's; Martens,
+arXiv:1412.1193, section 8) of their squared error.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from quantrack.detector.heads import RawOutputs, raw_outputs
-from quantrack.quantization.divergence import BOX_SIDES, bins_of
+from quantrack.quantization.divergence import BOX_SIDES, bins_of, highest_nearby
 
 PARAMETERS_TIMES_PICTURES = 32_000_000  # YOLOv10m: 2 pictures, about 2 GB; YOLOv10n: more than a batch
 
@@ -102,14 +103,38 @@ def _importance_at_once(
 
 
 def random_projection(outputs: RawOutputs, generator: torch.Generator) -> Tensor:
-    """The sum of all raw outputs, each with a random sign and the weight of its error; a scalar."""
+    """The sum of the raw outputs, each with a random sign and the weight of its error; a scalar.
+
+    What counts of the classes is the logit of each peak, with its neighbours (`logits_nearby`): what moves one object's
+    logit before another's costs mAP, however sure the detector is. The square of its weight is its score, so each
+    object that the detector expects counts alike.
+    """
     terms = []
     for boxes, classes in zip(outputs.boxes, outputs.classes, strict=True):
         scores = classes.detach().sigmoid()
-        terms.append((random_signs(classes, generator) * scores * (1 - scores) * classes).sum())
+        weight = (scores == highest_nearby(scores)) * scores.sqrt()
+        terms.append((random_signs(classes, generator) * weight * logits_nearby(classes)).sum())
         weight = scores.amax(dim=1, keepdim=True).sqrt() * box_weight(boxes.detach())
         terms.append((random_signs(boxes, generator) * weight * boxes).sum())
     return torch.stack(terms).sum()
+
+
+def logits_nearby(classes: Tensor) -> Tensor:
+    """The logarithm of the sum of the exponentials of each logit [B, C, H, W] and of its neighbours'.
+
+    Where two neighbours are nearly as good, rounding decides which of them a one-to-one head leaves an object to: the
+    same detection, and the same sum, though both of its logits change.
+
+    >>> object_here = torch.full((1, 1, 1, 5), -9.0)
+    >>> object_here[..., 1] = 2.0
+    >>> [round(float(logits_nearby(moved)[..., 2]), 3) for moved in (object_here, object_here.roll(1))]
+    [2.0, 2.0]
+    """
+    rows, columns = classes.shape[2:]
+    padded = pad(classes, (1, 1, 1, 1), value=-torch.inf)
+    highest = highest_nearby(classes.detach())
+    shifted = [padded[:, :, top : top + rows, left : left + columns] for top in range(3) for left in range(3)]
+    return torch.stack([(one - highest).exp() for one in shifted]).sum(dim=0).log() + highest
 
 
 def box_weight(boxes: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes, score_model
 from quantrack.quantization.job import new_job
 from quantrack.quantization.sensitivity import (
+    MEASURES,
     LayerTrials,
     kept_sensitivity,
     measure_score_sensitivity,
@@ -42,7 +43,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
         rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:
         rows = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows
-        unit = f"divergence of raw outputs, by {settings.measure}"
+        unit = MEASURES[settings.measure]
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.plan_by), unit)
 
 

@@ -24,12 +24,13 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # loaded by now, and so beyond the variable
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker takes a file at a time, or all tests of the demo's runs, so that these are made once; longest first."""
     items.sort(key=lambda item: (item.path.name != "test_real.py", "shared_store" not in fixtures_of(item)))
     for item in items:
         demo_runs = "shared_store" in fixtures_of(item)
-        item.add_marker(pytest.mark.xdist_group("demo runs" if demo_runs else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("demo runs" if demo_runs else item.nodeid.partition("::")[0]))
 
 
 def fixtures_of(item: pytest.Item) -> list[str]:

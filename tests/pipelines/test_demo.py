@@ -180,8 +180,8 @@ def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) ->
 
 
 def test_one_to_many_head(ptq_run: Run, shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w8a8", "--head", "one2many", "--recipe", "fast")
+    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w4a8", "--head", "one2many")
     assert done.returncode == 0, done.stderr
-    many = named(shared_store, "ptq-w8a8-fast-yolov10n-demo")
+    many = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
     assert many.data.tags["head"] == "one2many"
     assert many.data.metrics["mAP50-95"] > 0.3

@@ -181,6 +181,7 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
     figures = search.apply(job)
     assert figures["error_after"] < 0.5 * figures["error_before"]
     assert range_of(layer) == pytest.approx((low, high), rel=0.02, abs=0.02 * high)
+    assert not any(module._forward_pre_hooks for module in job.float_model.modules())
     weight_only = replace(job, scheme=parse_mode("w4a16"))
     assert search.apply(weight_only) == {}
 

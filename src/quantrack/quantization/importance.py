@@ -103,16 +103,17 @@ def _importance_at_once(
 
 
 def random_projection(outputs: RawOutputs, generator: torch.Generator) -> Tensor:
-    """The sum of the raw outputs, each with a random sign and the weight of its error; a scalar.
+    """The sum of what decides the detections, each with a random sign and the weight of its error; a scalar.
 
-    What counts of the classes is the logit of each peak, with its neighbours (`logits_nearby`): what moves one object's
-    logit before another's costs mAP, however sure the detector is. The square of its weight is its score, so each
-    object that the detector expects counts alike.
+    Of the classes that is the logit of each peak, with its neighbours (`logits_nearby`). What moves one object's logit
+    before another's costs mAP, of sure objects as of others, so the squared error of a logit is weighed by its score
+    alone: how many objects the detector expects there. So is that of the boxes, at all positions.
     """
     terms = []
     for boxes, classes in zip(outputs.boxes, outputs.classes, strict=True):
-        scores = classes.detach().sigmoid()
-        weight = (scores == highest_nearby(scores)) * scores.sqrt()
+        logits = classes.detach()
+        scores = logits.sigmoid()
+        weight = (logits == highest_nearby(logits)) * scores.sqrt()
         terms.append((random_signs(classes, generator) * weight * logits_nearby(classes)).sum())
         weight = scores.amax(dim=1, keepdim=True).sqrt() * box_weight(boxes.detach())
         terms.append((random_signs(boxes, generator) * weight * boxes).sum())

@@ -1,9 +1,9 @@
 """How much each convolution alone costs, quantized to few bits in a network that is float otherwise.
 
 The table that a bit plan is made of. Weights are rounded as a recipe would round them (MSE scales,
-then GPTQ). What that does to the float network's raw outputs is estimated for each layer from gradients
-over all calibration pictures, or measured: each layer is put alone into the float network, and the raw
-outputs, or a score, are compared with the float ones.
+then GPTQ). What that does to the logits and boxes of the float network's objects is estimated for each layer
+from gradients over all calibration pictures, or measured: each layer is put alone into the float network,
+and the raw outputs, or a score, are compared with the float ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from quantrack.quantization.step_cache import kept_path, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import Scheme
 
-MEASURES = ("gradient", "output")
+MEASURES = {  # and what an error then is
+    "gradient": "squared error of objects' logits and boxes, by gradients",
+    "output": "divergence of raw outputs, by trials",
+}
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
 
 
@@ -74,8 +77,9 @@ class RoundedLayer:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One convolution's row: `errors` by bits, as `Divergence.outputs` per object.
+    """One convolution's row: `errors` by bits, to be compared within one measure only.
 
+    By gradients, the squared error of a picture's objects; by outputs, `Divergence.outputs`; by mAP, what it loses.
     `channel_errors` are those of each output channel alone, where gradients told them.
     """
 

@@ -179,7 +179,7 @@ def log_samples(
             [d for d in detections if d.image_id == picture.id],
             evaluation_set.categories,
         )
-        mlflow.log_image(panels, f"samples/{picture.id:012d}.jpg")
+        mlflow.log_image(panels, f"samples/{picture.id:012d}.png")
 
 
 def log_prepared_data(prepared: PreparedData) -> None:

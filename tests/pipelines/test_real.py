@@ -1,6 +1,5 @@
 """Every mode on real COCO pictures and real YOLOv10n weights, as a user runs it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from quantrack.runtime.exact_sums import sums_are_exact
 pytestmark = pytest.mark.real
 # benchmarks/accuracy_table.py takes the whole list, and three times as long.
 CALIBRATION = "16"
-SLOWEST = 0.8  # times float32; 0.55 on the processors that it was made on, and the other worker's tests disturb
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +55,31 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, stor
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
 
 
-def assert_integer_kernels(metrics: Mapping[str, float]) -> None:
-    assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
-    assert metrics["parity_mean_abs"] < 0.02
-
-
-def assert_fast_where_sums_are_exact(metrics: Mapping[str, float]) -> None:
-    """Elsewhere slower kernels are taken for 8-bit weights."""
-    if sums_are_exact():
-        assert metrics["latency_ratio"] < SLOWEST
-
-
-def test_integer_kernels(real_inputs: Path, store: Path) -> None:
-    metrics = measure(real_inputs, store, "ptq", "--mode", "w8a8", "--placement", "full").data.metrics
-    assert_integer_kernels(metrics)
-    assert metrics["mAP50-95"] >= 0.455
-    assert_fast_where_sums_are_exact(metrics)
-
-
 def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path) -> None:
     run = measure(
         real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
-        "--plan-by", "channel", "--placement", "full", "--weight-storage", "int4",
+        "--plan-by", "channel", "--weight-storage", "int4",
     )  # fmt: skip
     metrics = run.data.metrics
-    assert_integer_kernels(metrics)
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.42
-    assert_fast_where_sums_are_exact(metrics)
     baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
-    assert metrics["onnx_mb"] < 0.27 * baseline.data.metrics["onnx_mb"]
+    assert metrics["onnx_mb"] < 0.26 * baseline.data.metrics["onnx_mb"]
+
+
+@pytest.mark.parametrize(("mode", "storage", "least"), [("w8a8", "int8", 0.455), ("w4a8", "int4", 0.40)])
+def test_integer_kernels(real_inputs: Path, store: Path, mode: str, storage: str, least: float) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", mode, "--placement", "full", "--weight-storage", storage)
+    metrics = run.data.metrics
+    assert metrics["mAP50-95"] >= least
+    assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
+    assert metrics["parity_mean_abs"] < 0.02
+    if mode == "w4a8" or sums_are_exact():  # else slower kernels are taken for the 8-bit weights, nearly all at W8A8
+        # 0.55 on the processors that it was made on; the other worker's tests disturb
+        assert metrics["latency_ratio"] < 0.8
+    if storage == "int4":
+        baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
+        assert metrics["onnx_mb"] < 0.25 * baseline.data.metrics["onnx_mb"]
 
 
 def test_naive_four_bits_lose_the_detector(real_inputs: Path, store: Path) -> None:

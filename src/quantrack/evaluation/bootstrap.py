@@ -118,7 +118,7 @@ class _Level:
 
     hits: Integers  # [H], rising
     own_class: Integers  # [H], rising
-    ends: Integers  # [classes], hits up to and with this class
+    before_class: Integers  # [H], how many hits lie before the hit's class
     ignored: Integers  # places, rising
     ignored_before: Integers  # [H], how many of `ignored` lie before the hit
     ignored_before_class: Integers  # [H], and before the hit's class
@@ -162,9 +162,8 @@ class MatchedDetections:
             return 0.0
         drawn = times_drawn[self._picture]
         weights = np.where(self._tied, drawn > self._copy, drawn)
-        needed = _hits_needed(truths, self._recalls)
         seen = _sums_before(weights)
-        means = [self._precision(level, weights, seen, needed)[present].mean() for level in self._levels]
+        means = [self._average_precision(level, weights, seen, truths)[present].mean() for level in self._levels]
         return float(np.mean(means))
 
     def _level(self, hits: Booleans, ignored: Booleans, own_class: Integers) -> _Level:
@@ -173,34 +172,31 @@ class MatchedDetections:
         return _Level(
             hits=places,
             own_class=hit_class,
-            ends=np.searchsorted(hit_class, np.arange(len(self._starts)), side="right"),
+            before_class=np.searchsorted(hit_class, hit_class),
             ignored=ignored_places,
             ignored_before=np.searchsorted(ignored_places, places),
             ignored_before_class=np.searchsorted(ignored_places, self._starts[hit_class]),
         )
 
-    def _precision(self, level: _Level, weights: Integers, seen: Integers, needed: Integers) -> Floats:
-        """Interpolated precision [classes, recalls]: the best at this recall or a higher one.
+    def _average_precision(self, level: _Level, weights: Integers, seen: Integers, truths: Integers) -> Floats:
+        """Of each class [classes]: the mean over recalls of the best precision at this recall or a higher one.
 
-        Only hits matter, as precision peaks at hits, and of a hit's copies the last has the best.
-        Hits are summed over all classes in one run, so that one search finds the place of every
-        class and recall.
+        Only hits matter, as precision peaks at hits, and of a hit's copies the last has the best. Each hit answers for
+        the recalls that it is the first to reach, so that nothing need be looked up for each class and recall.
         """
-        if len(level.hits) == 0:
-            return np.zeros(needed.shape)
         hits = _sums_before(weights[level.hits])
         ignored = _sums_before(weights[level.ignored])
-        hits_before = hits[np.concatenate([[0], level.ends[:-1]])]
-        own_hits = hits[1:] - hits_before[level.own_class]
+        own_hits = hits[1:] - hits[level.before_class]
         own_seen = seen[level.hits + 1] - seen[self._starts[level.own_class]]
         own_ignored = ignored[level.ignored_before] - ignored[level.ignored_before_class]
         precision = own_hits / (own_seen - own_ignored + np.spacing(1))
         # best so far from the right within each class: offsets keep the classes apart
-        offset = 2.0 * (len(needed) - 1 - level.own_class)
+        offset = 2.0 * (len(truths) - 1 - level.own_class)
         best = np.maximum.accumulate((precision + offset)[::-1])[::-1] - offset
-        place = np.searchsorted(hits[1:], hits_before[:, None] + needed, side="left")
-        reached = place < level.ends[:, None]
-        return np.where(reached, best[np.minimum(place, len(best) - 1)], 0.0)
+        reached = np.searchsorted(self._recalls, own_hits / np.maximum(truths, 1)[level.own_class], side="right")
+        first = np.arange(len(reached)) == level.before_class
+        newly = reached - np.where(first, 0, np.roll(reached, 1))
+        return np.bincount(level.own_class, weights=best * newly, minlength=len(truths)) / len(self._recalls)
 
 
 def _copies(ranking: _Ranking, most_drawn: int) -> tuple[Integers, Integers, Booleans]:
@@ -225,15 +221,6 @@ def _copies(ranking: _Ranking, most_drawn: int) -> tuple[Integers, Integers, Boo
 def _sums_before(values: Integers | Booleans) -> Integers:
     """Sums of the first 0, 1 ... N values, [N + 1]."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
-
-
-def _hits_needed(truths: Integers, recalls: Floats) -> Integers:
-    """The fewest hits of each class whose recall reaches each threshold, at least one; [classes, recalls]."""
-    count = np.maximum(truths, 1)[:, None]
-    needed = np.ceil(recalls * count).astype(np.int64)
-    needed -= (needed - 1) / count >= recalls  # the product was rounded up or down
-    needed += needed / count < recalls
-    return np.maximum(needed, 1)
 
 
 def _truth_counts(evaluation: COCOeval) -> Integers:

@@ -45,10 +45,7 @@ LADDER = (
     Recipe("9-range-search", (*OWN_CHANNELS, ActivationRangeSearch(), Gptq(), BiasCorrection())),
     Recipe("10-equalized-channels", RECIPES["default"]),
     Recipe("11-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
-    Recipe(
-        "12-zoomed", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, zooms=(0.6, 1.5)), BiasCorrection())
-    ),
-    Recipe("13-across-channels", RECIPES["best"]),
+    Recipe("12-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

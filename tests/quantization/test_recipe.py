@@ -46,7 +46,6 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
         ("steps: [{gptq: {damping: much}}]", "gptq: damping: 'much': must be a number"),
         ("steps: [{gptq: {positions: true}}]", "gptq: positions: True: must be a whole number"),
         ("steps: [{gptq: {damping: 2.0}}]", "gptq: .*damping in 0..1"),
-        ("steps: [{gptq: {zooms: [0.6, 1.5]}}]", "gptq: zooms are those of mirrored pictures; set mirrored: true"),
         ("steps: [{insert_quantizers: {float_roles: [neck]}}]", "neck: unknown role; use first, dfl"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),

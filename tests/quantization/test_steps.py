@@ -158,16 +158,6 @@ def test_gptq_sees_pictures_mirrored_where_asked(make_job: MakeJob) -> None:
     assert not torch.equal(one, other)
 
 
-def test_gptq_sees_the_same_zooms_at_each_look(make_job: MakeJob) -> None:
-    job = make_job("w4a16")
-    zoomed = Gptq(mirrored=True, zooms=(0.6, 1.5))
-    first, again, plain = (list(step.batches(job)) for step in (zoomed, zoomed, Gptq(mirrored=True)))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    assert torch.equal(first[0], plain[0])
-    assert first[1].shape == plain[1].shape
-    assert not torch.equal(first[1], plain[1])
-
-
 def test_gptq_with_unit_hessian_rounds_to_nearest() -> None:
     weight, scale = torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
     rounded = Gptq().round(weight, torch.eye(5).expand(2, 5, 5), scale, 4)
@@ -301,9 +291,6 @@ def test_unknown_recipe() -> None:
         lambda: Gptq(positions=0),
         lambda: Gptq(sweeps=-1),
         lambda: Gptq(output_share=1.0),
-        lambda: Gptq(mirrored=True, zooms=(1.5, 0.6)),
-        lambda: Gptq(mirrored=True, zooms=(0.6,)),
-        lambda: Gptq(zooms=(0.6, 1.5)),
         lambda: MseWeightScales(candidates=1),
         lambda: InsertQuantizers(activation="fp8"),
     ],

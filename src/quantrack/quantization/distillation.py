@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from quantrack.detector.heads import RawOutputTap, head_levels, raw_outputs
 from quantrack.errors import QuantrackError, UsageError
@@ -23,8 +24,8 @@ from quantrack.progress import track
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
-from quantrack.quantization.views import resized
 
+PAD = 114 / 255  # the letterbox's grey
 CHECKS = 10
 WARM_UP = 10
 
@@ -158,7 +159,15 @@ def augmented(picture: Tensor, draw: random.Random, smallest_zoom: float, larges
         picture = picture.flip(-1)
     if draw.random() < 0.5:
         return picture
-    return resized(picture, draw.uniform(smallest_zoom, largest_zoom), draw)
+    side = picture.shape[-1]
+    size = max(1, round(side * draw.uniform(smallest_zoom, largest_zoom)))
+    resized = interpolate(picture[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = draw.randint(0, abs(size - side)), draw.randint(0, abs(size - side))
+    if size >= side:
+        return resized[:, top : top + side, left : left + side]
+    padded = picture.new_full(picture.shape, PAD)
+    padded[:, top : top + size, left : left + size] = resized
+    return padded
 
 
 def _state(twin: nn.Module) -> dict[str, Tensor]:

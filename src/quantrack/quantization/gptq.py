@@ -14,7 +14,6 @@ there reaches the detections (`importance`), as nearly all of a picture is backg
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +50,6 @@ from quantrack.quantization.layers import (
     shaped,
     weight_scale,
 )
-from quantrack.quantization.views import mirrored_views
 
 INPUTS = ("float", "quantized")
 
@@ -74,9 +72,8 @@ class Gptq:
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
     probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
-    blocks before give. With `mirrored` each picture is seen mirrored as well, made larger or smaller by a
-    factor between the two `zooms`: other positions of its objects, and other sizes. Where all positions
-    count alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
+    blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
+    alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
 
     Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers are worked off in as
     many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`,
@@ -87,7 +84,6 @@ class Gptq:
     importance_share: float = 0.7
     inputs: str = "float"
     mirrored: bool = False
-    zooms: tuple[float, ...] = (1.0, 1.0)
     centred: bool = True
     scale_factors: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15)
     sweeps: int = 3
@@ -105,10 +101,6 @@ class Gptq:
             raise UsageError(
                 "gptq: scale_factors must be positive, at least one, and sweeps and output_sweeps not negative"
             )
-        if len(self.zooms) != 2 or not 0.1 <= self.zooms[0] <= self.zooms[1] <= 4:
-            raise UsageError("gptq: zooms must be two factors within 0.1..4, the smaller one first")
-        if self.zooms != (1.0, 1.0) and not self.mirrored:
-            raise UsageError("gptq: zooms are those of mirrored pictures; set mirrored: true")
         if not 0 <= self.output_share < 1:
             raise UsageError("gptq: output_share must be at least 0 and less than 1")
         if not 0 <= self.importance_share <= 1 or self.inputs not in INPUTS:
@@ -126,12 +118,11 @@ class Gptq:
         return {"error_before": before, "error_after": after}
 
     def batches(self, job: QuantizationJob) -> Iterator[Tensor]:
-        """The calibration inputs, each batch followed by its mirror images where that is asked for."""
-        draw = random.Random(job.seed)
+        """The calibration inputs, each batch followed by its mirror image where that is asked for."""
         for batch in job.batches():
             yield batch
             if self.mirrored:
-                yield mirrored_views(batch, (self.zooms[0], self.zooms[1]), draw)
+                yield batch.flip(-1)
 
     def curvatures(self, job: QuantizationJob, seen: nn.Module) -> Iterator[Mapping[str, Curvature]]:
         """Curvatures by layer name, a few layers at a time in network order, of the inputs in `seen`.

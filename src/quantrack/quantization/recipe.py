@@ -78,12 +78,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     ),
     "fast": (*CALIBRATED, BiasCorrection()),
     "default": (*CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
-    "best": (
-        *CALIBRATED,
-        ActivationRangeSearch(),
-        Gptq(mirrored=True, zooms=(0.6, 1.5), output_sweeps=2),
-        BiasCorrection(),
-    ),
+    "best": (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, output_sweeps=2), BiasCorrection()),
 }
 
 

@@ -68,7 +68,7 @@ class Gptq:
     With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
     mean is left to the bias correction that must follow.
 
-    W8A8 is left to rounding to nearest: what its activations lose hides what GPTQ wins (docs/accuracy.md).
+    W8A8 is left to rounding to nearest: from few pictures GPTQ is no gain there (docs/accuracy.md).
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
     probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized

@@ -10,8 +10,14 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO_RUNS = "demo runs"
+FILES_OF_DEMO_RUNS = (
+    "test_compare.py", "test_demo.py", "test_promote.py", "test_refusals.py", "test_sensitivity.py", "test_serving.py",
+)  # fmt: skip
+ORDER = {"tests/pipelines/test_real.py": 0, DEMO_RUNS: 1}
 
 
 def pytest_configure() -> None:
@@ -24,17 +30,30 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # loaded by now, and so beyond the variable
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker takes a file at a time, or all tests of the demo's runs, so that these are made once; longest first."""
-    items.sort(key=lambda item: (item.path.name != "test_real.py", "shared_store" not in fixtures_of(item)))
-    for item in items:
-        demo_runs = "shared_store" in fixtures_of(item)
-        item.add_marker(pytest.mark.xdist_group("demo runs" if demo_runs else item.nodeid.partition("::")[0]))
+    """Longest first: real detectors, then the demo's runs."""
+    items.sort(key=lambda item: ORDER.get(group_of(item.nodeid), len(ORDER)))
 
 
-def fixtures_of(item: pytest.Item) -> list[str]:
-    return getattr(item, "fixturenames", [])
+class ByGroup(LoadScopeScheduling):
+    """A worker takes a file at a time, or all tests of the demo's runs, so that these are made once.
+
+    xdist 3.8's own groups (`--dist loadgroup`) have no effect under pytest 9, which ignores the names that it writes.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)  # so that tests run without workers too
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByGroup:
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """A test's file, or the runs of the demo that it shares with other files."""
+    file = nodeid.partition("::")[0]
+    return DEMO_RUNS if Path(file).name in FILES_OF_DEMO_RUNS else file
 
 
 @pytest.fixture(autouse=True)

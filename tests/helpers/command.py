@@ -12,7 +12,10 @@ import mlflow
 from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "12", "--calib-images", "6", "--latency-runs", "5")
+DEMO = (
+    "--model", "demo", "--data-root", "demo", "--imgsz", "320", "--eval-images", "12", "--calib-images", "6",
+    "--latency-runs", "5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

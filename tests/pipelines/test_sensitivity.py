@@ -9,7 +9,10 @@ from command import newest_run, run_pipeline
 from mlflow.entities import Run
 
 # Small pictures: what is tested here is what the entry points do, not how well.
-DEMO = ("--model", "demo", "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--imgsz", "160")
+DEMO = (
+    "--model", "demo", "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--imgsz", "160",
+    "--latency-runs", "5",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
 
 
 def test_sensitivity_by_score_counts_lost_points(shared_store: Path) -> None:
-    few = (*DEMO[:4], "--eval-images", "3", "--calib-images", "3", "--imgsz", "160", "--plan-bits", "4,8")
+    few = (*DEMO, "--eval-images", "3", "--calib-images", "3", "--plan-bits", "4,8")
     done = run_pipeline(shared_store, "sensitivity", *few, "--avg-bits", "5", "--measure", "mAP")
     assert done.returncode == 0, done.stderr
     metrics = newest_run(shared_store, "sensitivity").data.metrics

@@ -177,7 +177,7 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
     layer = quantized_layers(job.model)["model.4.cv1.conv"]
     low, high = range_of(layer)
     set_activation_range(layer, low, 16 * high)
-    search = ActivationRangeSearch(layers=3, shrinks=(0.5, 1 / 16), images=2)
+    search = ActivationRangeSearch(shrinks=(0.5, 1 / 16), images=2)
     figures = search.apply(job)
     assert figures["error_after"] < 0.5 * figures["error_before"]
     assert range_of(layer) == pytest.approx((low, high), rel=0.02, abs=0.02 * high)
@@ -186,17 +186,20 @@ def test_range_search_finds_the_range_that_is_too_wide(job: QuantizationJob) -> 
     assert search.apply(weight_only) == {}
 
 
-def test_range_search_stops_where_a_smaller_range_costs_more(job: QuantizationJob) -> None:
+def test_range_search_tries_only_layers_that_cost_much(job: QuantizationJob) -> None:
     apply_recipe(job, NOT_EQUALIZED)
     ranges = {name: range_of(layer) for name, layer in quantized_layers(job.model).items()}
-    search = ActivationRangeSearch(layers=3, shrinks=(0.5, 0.1, 0.05, 0.01), images=2)
-    found = search.errors(job, ranges)
-    assert len(found) == 3
-    for tried in found.values():
-        costs = [tried[shrink] for shrink in (1.0, *search.shrinks) if shrink in tried]
-        assert 2 <= len(costs) == len(tried) < 5
-        assert costs[:-1] == sorted(costs[:-1], reverse=True)  # less each time,
-        assert costs[-1] > costs[-2]  # but for the last
+    shrinks = (0.5, 0.1)
+    everything = ActivationRangeSearch(least_share=0.0, shrinks=shrinks, images=2).errors(job, ranges)
+    assert len(everything) > 70
+    total = sum(tried[1.0] for tried in everything.values())  # on the pictures that the first look takes, too
+    found = ActivationRangeSearch(least_share=0.03, shrinks=shrinks, images=2).errors(job, ranges)
+    assert list(found) == [name for name, tried in everything.items() if tried[1.0] > 0.03 * total]
+    assert 0 < len(found) < 20
+    assert all(list(tried) == [1.0, *shrinks] for tried in found.values())
+    search = ActivationRangeSearch(least_share=0.9, images=2)
+    assert search.apply(job) == {"shrunken": 0, "error_before": 0, "error_after": 0}
+    assert {name: range_of(layer) for name, layer in quantized_layers(job.model).items()} == ranges
 
 
 def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
@@ -205,7 +208,7 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
     apply_recipe(job, NOT_EQUALIZED)
     other = replace(job, scheme=parse_mode("w8a8"), model=copy.deepcopy(job.model))
-    search = ActivationRangeSearch(layers=2, images=2)
+    search = ActivationRangeSearch(least_share=0.03, images=2)
     search.apply(job)
     with monkeypatch.context() as patch:
         patch.setattr(range_search, "trial_errors", lambda *arguments: pytest.fail("measured again"))
@@ -222,7 +225,7 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"layers": 0}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}, {"shrinks": (0.5, 0.7)}]
+    "settings", [{"least_share": 1.0}, {"least_share": -0.1}, {"images": 0}, {"shrinks": ()}, {"shrinks": (1.0,)}]
 )
 def test_range_search_refuses_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):

@@ -77,6 +77,20 @@ def test_float_model_is_left_alone(make_job: MakeJob) -> None:
         assert torch.equal(value, before[name])
 
 
+def test_a_margin_is_for_pictures_that_were_not_seen(make_job: MakeJob) -> None:
+    job = prepared(make_job("w4a8"))
+    layers = quantized_layers(job.model)
+    plain = {name: activation_quantization(layer) for name, layer in layers.items()}
+    first, *others = layers
+    for margin, wider in ((1.0, 1 + 1 / len(job.calibration.paths)), (1000.0, 2.0)):
+        apply_recipe(job, (MinMaxActivationRanges(margin),))
+        for name in others:
+            assert activation_quantization(layers[name]).scale == pytest.approx(wider * plain[name].scale, rel=1e-5)
+        assert activation_quantization(layers[first]) == plain[first]  # how far a picture reaches is known
+    with pytest.raises(UsageError, match=r"margin=-1\.0"):
+        MinMaxActivationRanges(margin=-1.0)
+
+
 def test_asymmetric_range_covers_what_was_seen(make_job: MakeJob) -> None:
     job = prepared(make_job("w4a8"))
     for name, layer in quantized_layers(job.model).items():

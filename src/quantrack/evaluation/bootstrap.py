@@ -113,15 +113,19 @@ class _Ranking:
 
 
 @dataclass(frozen=True)
-class _Level:
-    """At one IoU, where in the ranking the H hits are and what was ignored before them."""
+class _Hits:
+    """The H hits at all IoUs, one IoU after the other, and what was ignored before them.
 
-    hits: Integers  # [H], rising
-    own_class: Integers  # [H], rising
-    before_class: Integers  # [H], how many hits lie before the hit's class
-    ignored: Integers  # places, rising
+    A group is a class at an IoU: its hits lie together, by falling score.
+    """
+
+    places: Integers  # [H], in the ranking
+    own_class: Integers  # [H]
+    group: Integers  # [H], rising
+    before_group: Integers  # [H], how many hits lie before the hit's group
+    ignored: Integers  # places, rising within an IoU
     ignored_before: Integers  # [H], how many of `ignored` lie before the hit
-    ignored_before_class: Integers  # [H], and before the hit's class
+    ignored_before_group: Integers  # [H], and before the hit's group
 
 
 class MatchedDetections:
@@ -145,8 +149,8 @@ class MatchedDetections:
         self._truths = truths[with_truth]
         self._picture = ranking.picture[source]
         self._starts = np.searchsorted(own_class, np.arange(len(with_truth)))
-        hits, ignored = ranking.hits()[:, source], ranking.ignored[:, source]
-        self._levels = [self._level(*marks, own_class) for marks in zip(hits, ignored, strict=True)]
+        self._groups = len(ranking.matched) * len(with_truth)
+        self._hits = self._find_hits(ranking.hits()[:, source], ranking.ignored[:, source], own_class)
 
     def mean_ap(self, times_drawn: Integers) -> float:
         """mAP50-95 (0..1) where picture i counts `times_drawn[i]` times; 0 where no truth was drawn.
@@ -163,40 +167,44 @@ class MatchedDetections:
         drawn = times_drawn[self._picture]
         weights = np.where(self._tied, drawn > self._copy, drawn)
         seen = _sums_before(weights)
-        means = [self._average_precision(level, weights, seen, truths)[present].mean() for level in self._levels]
-        return float(np.mean(means))
+        return float(self._average_precision(weights, seen, truths)[:, present].mean())
 
-    def _level(self, hits: Booleans, ignored: Booleans, own_class: Integers) -> _Level:
-        places, ignored_places = np.flatnonzero(hits), np.flatnonzero(ignored)
-        hit_class = own_class[places]
-        return _Level(
-            hits=places,
+    def _find_hits(self, hits: Booleans, ignored: Booleans, own_class: Integers) -> _Hits:
+        level, places = np.nonzero(hits)
+        ignored_level, ignored_places = np.nonzero(ignored)
+        hit_class, length = own_class[places], len(own_class)
+        group = level * len(self._truths) + hit_class
+        ignored_at = ignored_level * length + ignored_places
+        return _Hits(
+            places=places,
             own_class=hit_class,
-            before_class=np.searchsorted(hit_class, hit_class),
+            group=group,
+            before_group=np.searchsorted(group, group),
             ignored=ignored_places,
-            ignored_before=np.searchsorted(ignored_places, places),
-            ignored_before_class=np.searchsorted(ignored_places, self._starts[hit_class]),
+            ignored_before=np.searchsorted(ignored_at, level * length + places),
+            ignored_before_group=np.searchsorted(ignored_at, level * length + self._starts[hit_class]),
         )
 
-    def _average_precision(self, level: _Level, weights: Integers, seen: Integers, truths: Integers) -> Floats:
-        """Of each class [classes]: the mean over recalls of the best precision at this recall or a higher one.
+    def _average_precision(self, weights: Integers, seen: Integers, truths: Integers) -> Floats:
+        """Of each IoU and class, [IoUs, classes]: the mean over recalls of the best precision at this one or a higher.
 
         Only hits matter, as precision peaks at hits, and of a hit's copies the last has the best. Each hit answers for
         the recalls that it is the first to reach, so that nothing need be looked up for each class and recall.
         """
-        hits = _sums_before(weights[level.hits])
-        ignored = _sums_before(weights[level.ignored])
-        own_hits = hits[1:] - hits[level.before_class]
-        own_seen = seen[level.hits + 1] - seen[self._starts[level.own_class]]
-        own_ignored = ignored[level.ignored_before] - ignored[level.ignored_before_class]
+        at = self._hits
+        hits, ignored = _sums_before(weights[at.places]), _sums_before(weights[at.ignored])
+        own_hits = hits[1:] - hits[at.before_group]
+        own_seen = seen[at.places + 1] - seen[self._starts[at.own_class]]
+        own_ignored = ignored[at.ignored_before] - ignored[at.ignored_before_group]
         precision = own_hits / (own_seen - own_ignored + np.spacing(1))
-        # best so far from the right within each class: offsets keep the classes apart
-        offset = 2.0 * (len(truths) - 1 - level.own_class)
+        # best so far from the right within each group: offsets keep the groups apart
+        offset = 2.0 * (self._groups - 1 - at.group)
         best = np.maximum.accumulate((precision + offset)[::-1])[::-1] - offset
-        reached = np.searchsorted(self._recalls, own_hits / np.maximum(truths, 1)[level.own_class], side="right")
-        first = np.arange(len(reached)) == level.before_class
+        reached = np.searchsorted(self._recalls, own_hits / np.maximum(truths, 1)[at.own_class], side="right")
+        first = np.arange(len(reached)) == at.before_group
         newly = reached - np.where(first, 0, np.roll(reached, 1))
-        return np.bincount(level.own_class, weights=best * newly, minlength=len(truths)) / len(self._recalls)
+        sums = np.bincount(at.group, weights=best * newly, minlength=self._groups)
+        return sums.reshape(-1, len(truths)) / len(self._recalls)
 
 
 def _copies(ranking: _Ranking, most_drawn: int) -> tuple[Integers, Integers, Booleans]:

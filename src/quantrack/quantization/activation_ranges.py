@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import quantized_layers, set_activation_range
@@ -18,10 +19,28 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class MinMaxActivationRanges:
-    """Ranges that clip nothing seen during calibration."""
+    """Ranges that clip nothing seen during calibration, and little else.
+
+    They are wider than what was seen by `margin` over the number of pictures, and twice as wide at most: the fewer
+    were seen, the more often others reach further, and where channels are equalized, any of them may be clipped.
+    The network's own input, whose range is known, has no margin.
+    """
+
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise UsageError(f"min_max_activation_ranges: margin={self.margin}: must not be negative")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        return set_ranges(job, lambda seen: (seen.minimum, seen.maximum))
+        wider = 1 + min(1.0, self.margin / len(job.calibration.paths))
+        roles = convolution_roles(job.model)
+
+        def choose(name: str, seen: ActivationStatistics) -> Range:
+            factor = 1.0 if roles[name] is Role.FIRST else wider
+            return factor * seen.minimum, factor * seen.maximum
+
+        return set_ranges(job, choose)
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class PercentileActivationRanges:
             raise UsageError(f"percentile={self.percentile}: must lie above 50 and at most at 100")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        return set_ranges(job, self.range)
+        return set_ranges(job, lambda name, seen: self.range(seen))
 
     def range(self, seen: ActivationStatistics) -> Range:
         """From the values drawn, so that one passing outlier of a picture does not stretch the grid."""
@@ -56,7 +75,7 @@ class MseActivationRanges:
             raise UsageError("mse activation ranges: candidates must be at least 2 and smallest_shrink in 0..1")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        return set_ranges(job, self.range)
+        return set_ranges(job, lambda name, seen: self.range(seen))
 
     def range(self, seen: ActivationStatistics) -> Range:
         """Both ends shrink together; they hold 0 in any case."""
@@ -67,13 +86,13 @@ class MseActivationRanges:
         return low * best, high * best
 
 
-def set_ranges(job: QuantizationJob, choose: Callable[[ActivationStatistics], Range]) -> Mapping[str, float]:
-    """Give each activation quantizer the range chosen for it; the share of the seen range that is kept."""
+def set_ranges(job: QuantizationJob, choose: Callable[[str, ActivationStatistics], Range]) -> Mapping[str, float]:
+    """Give each activation quantizer the range chosen for it, by layer name; how much of the seen range that is."""
     kept = []
     for name, layer in quantized_layers(job.model).items():
         if layer.input_quant.is_quant_enabled:
             seen = job.statistics[name]
-            low, high = choose(seen)
+            low, high = choose(name, seen)
             set_activation_range(layer, low, high)
             kept.append((high - low) / max(seen.maximum - seen.minimum, 1e-12))
     return {"quantizers": float(len(kept))} | ({"range_kept_mean": sum(kept) / len(kept)} if kept else {})

@@ -68,8 +68,6 @@ class Gptq:
     With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
     mean is left to the bias correction that must follow.
 
-    W8A8 is left to rounding to nearest: from few pictures GPTQ is no gain there (docs/accuracy.md).
-
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
     probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
     blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
@@ -107,8 +105,6 @@ class Gptq:
             raise UsageError(f"gptq: importance_share must lie in 0..1 and inputs be {' or '.join(INPUTS)}")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        if job.scheme.weight_bits >= 8 and job.scheme.activation_bits is not None:
-            return {}
         before = after = 0.0
         layers = quantized_layers(job.model)
         for curvatures in self.curvatures(job, job.float_model if self.inputs == "float" else job.model):

@@ -43,24 +43,24 @@ LOOK = 2  # pictures that are enough to tell which layers cost most
 
 @dataclass(frozen=True)
 class ActivationRangeSearch:
-    """Runs after a step that sets ranges. The `layers` that cost most at their range, on a few pictures,
-    try shrunken ones on the first `images` of the calibration pictures, each smaller than the one before,
-    until one costs more; the best is kept.
+    """Runs after a step that sets ranges. Layers whose range makes more than `least_share` of what all ranges
+    cost, on a few pictures, try shrunken ones on the first `images` of the calibration pictures; the best is kept.
+
+    The others keep theirs: what clipping costs on pictures that were not seen, the seen ones hide, so that a
+    small gain there is a loss elsewhere (docs/accuracy.md).
 
     Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range tried.
     """
 
-    layers: int = 8
+    least_share: float = 0.1
     shrinks: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25, 0.18)
     images: int = 8
 
     def __post_init__(self) -> None:
-        if self.layers < 1 or self.images < 1:
-            raise UsageError("activation range search: layers and images must be positive")
+        if not 0 <= self.least_share < 1 or self.images < 1:
+            raise UsageError("activation range search: least_share must lie in 0..1 and images be positive")
         if not self.shrinks or not all(0 < shrink < 1 for shrink in self.shrinks):
             raise UsageError("activation range search: shrinks must lie in 0..1, at least one")
-        if list(self.shrinks) != sorted(set(self.shrinks), reverse=True):
-            raise UsageError("activation range search: shrinks must go from the largest to the smallest")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.activation_bits is None:
@@ -92,28 +92,21 @@ class ActivationRangeSearch:
         return errors
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
-        """What the costliest layers cost at their range, and at smaller ones as long as these cost less."""
+        """What the costliest layers cost at their range, and at smaller ones."""
         rounding = _Rounding(job)
         seen = {name: {1.0: rounding.trial(name, ends)} for name, ends in ranges.items()}
         few = first_pictures(job, min(self.images, LOOK))
         costs = trial_errors(few, rounding.probe, seen, outputs_and_features, "activation ranges: what each costs")
-        worst = sorted(costs, key=lambda name: costs[name][1.0], reverse=True)[: self.layers]
-        return self.shrunken_errors(job, rounding, {name: ranges[name] for name in worst})
-
-    def shrunken_errors(self, job: QuantizationJob, rounding: _Rounding, ranges: Mapping[str, Range]) -> Errors:
-        """What these layers cost, at one range after the other."""
-        few = first_pictures(job, self.images)
-        errors: dict[str, dict[float, float]] = {name: {} for name in ranges}
-        going_on = list(ranges)
-        for shrinks in ((1.0, self.shrinks[0]), *((shrink,) for shrink in self.shrinks[1:])):
-            trials = {name: {s: rounding.trial(name, clipped(ranges[name], s)) for s in shrinks} for name in going_on}
-            label = f"activation ranges: {shrinks[-1]} of the range"
-            for name, found in trial_errors(few, rounding.probe, trials, outputs_and_features, label).items():
-                errors[name].update(found)
-            going_on = [name for name in going_on if min(errors[name], key=errors[name].__getitem__) == shrinks[-1]]
-            if not going_on:
-                break
-        return errors
+        least = self.least_share * sum(cost[1.0] for cost in costs.values())
+        trials = {
+            name: {shrink: rounding.trial(name, clipped(ranges[name], shrink)) for shrink in (1.0, *self.shrinks)}
+            for name, cost in costs.items()
+            if cost[1.0] > least
+        }
+        if not trials:
+            return {}
+        pictures = first_pictures(job, self.images)
+        return trial_errors(pictures, rounding.probe, trials, outputs_and_features, "activation ranges: smaller ones")
 
     def take_best(self, job: QuantizationJob, ranges: Mapping[str, Range], errors: Errors) -> Mapping[str, float]:
         """Set each layer's best range; how many shrank, and the sums of the errors before and after."""

@@ -51,7 +51,7 @@ CALIBRATED: tuple[Step, ...] = (
     ObserveActivations(),
     ChannelEqualization(),
     MseWeightScales(),
-    MinMaxActivationRanges(),
+    MinMaxActivationRanges(margin=8.0),
 )
 
 

@@ -82,7 +82,7 @@ def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Late
         raise UsageError(f"latency_runs={runs}: must be at least 1")
     bindings = [_bind(session) for session in sessions]
     for session, binding in zip(sessions, bindings, strict=True):
-        _warm_up(session, binding)
+        _warm_up(session, binding, runs)
     blocks: list[list[Milliseconds]] = [[] for _ in sessions]
     sizes = [min(BLOCK, runs - done) for done in range(0, runs, BLOCK)]
     for size in track(sizes, "measuring latency"):
@@ -107,10 +107,10 @@ def _median_interval(values: Milliseconds) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def _warm_up(session: Session, binding: ort.IOBinding) -> None:
-    """Run until two blocks in a row take the same time, or for ten blocks."""
+def _warm_up(session: Session, binding: ort.IOBinding, runs: int) -> None:
+    """Run until two blocks in a row take the same time, or for ten blocks; with few runs to time, for as many."""
     before = np.inf
-    for _ in range(WARM_UP_BLOCKS):
+    for _ in range(max(2, min(WARM_UP_BLOCKS, -(-runs // BLOCK)))):
         now = float(np.median(_time(session, binding, BLOCK)))
         if abs(now - before) <= STABLE * now:
             return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import mlflow
 import yaml
 from mlflow.data.meta_dataset import MetaDataset
@@ -171,15 +173,19 @@ def log_samples(
     detections: Sequence[Detection],
 ) -> None:
     """Sample pictures with true, float and quantized boxes side by side."""
-    for picture in choose_samples(evaluation_set):
-        panels = sample_picture(
-            picture,
-            [box for box in evaluation_set.boxes if box.image_id == picture.id],
-            None if float_detections is None else [d for d in float_detections if d.image_id == picture.id],
-            [d for d in detections if d.image_id == picture.id],
-            evaluation_set.categories,
-        )
-        mlflow.log_image(panels, f"samples/{picture.id:012d}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        for picture in choose_samples(evaluation_set):
+            panels = sample_picture(
+                picture,
+                [box for box in evaluation_set.boxes if box.image_id == picture.id],
+                None if float_detections is None else [d for d in float_detections if d.image_id == picture.id],
+                [d for d in detections if d.image_id == picture.id],
+                evaluation_set.categories,
+            )
+            # least compression: a third of the time of `mlflow.log_image`, files a tenth larger
+            path = Path(folder, f"{picture.id:012d}.png")
+            cv2.imwrite(str(path), panels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        mlflow.log_artifacts(folder, "samples")
 
 
 def log_prepared_data(prepared: PreparedData) -> None:

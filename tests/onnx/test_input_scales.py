@@ -36,7 +36,7 @@ def test_quantizers_take_the_scales(small, mode):
         if source is None:  # the picture, whose values lie on the grid
             assert scales == pytest.approx(1 / 255)
             continue
-        if source is not None and source.op_type == "Conv":  # no activation between: its own weights are multiplied
+        if source.op_type == "Conv":  # no activation between: its own weights are multiplied
             of_results += 1
             assert scales.size == zero_points.size == 1
             continue

@@ -88,6 +88,11 @@ def test_the_estimate_falls_and_statistics_follow(uneven_job: MakeJob) -> None:
     assert figures["layers"] == 2
     assert figures["error_after"] < 0.6 * figures["error_before"]
     first, *others = quantized_layers(job.model).items()
+    inputs: list[torch.Tensor] = []
+    job.float_model.model[1].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    job.float_model(next(job.batches()))
+    scaled = inputs[0] * others[0][1].input_scale
+    assert float(scaled.max()) <= job.statistics[others[0][0]].maximum * (1 + 1e-6)
     for name, layer in others:
         factors = layer.input_scale.flatten()
         assert float(factors.log().mean()) == pytest.approx(0, abs=1e-5)

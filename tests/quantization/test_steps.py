@@ -137,8 +137,9 @@ def test_mse_scales_beat_min_max(make_job: MakeJob) -> None:
     assert figures["error_after"] < figures["error_before"]
 
 
-def test_gptq_stays_on_the_grid_and_lowers_the_output_error(make_job: MakeJob) -> None:
-    job = prepared(make_job("w4a16"))
+@pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w8a16", "w8a8"])
+def test_gptq_stays_on_the_grid_and_lowers_the_output_error(make_job: MakeJob, mode: str) -> None:
+    job = prepared(make_job(mode))
     rounded_error = output_error(job)
     figures = Gptq().apply(job)
     assert figures["error_after"] < 0.8 * figures["error_before"]

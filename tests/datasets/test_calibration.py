@@ -27,6 +27,15 @@ def test_random_draw_is_seeded(coco_root: Path) -> None:
     assert len(draws) > 1
 
 
+def test_the_first_pictures_are_another_set(coco_root: Path) -> None:
+    whole = load_calibration_set("random", 4, coco_root, seed=0)
+    assert whole.first(4) == whole.first(9) == whole
+    few = whole.first(2)
+    assert few.paths == whole.paths[:2]
+    assert len({whole.digest, few.digest, whole.first(3).digest}) == 3
+    assert whole.first(2) == few
+
+
 def test_missing_list(coco_root: Path) -> None:
     with pytest.raises(QuantrackError, match=r"calib_list=nowhere.txt: no such file"):
         load_calibration_set("nowhere.txt", 1, coco_root, seed=0)

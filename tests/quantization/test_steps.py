@@ -20,6 +20,7 @@ from quantrack.quantization.coordinate_descent import (
     refined_jointly,
     restoring_gain,
 )
+from quantrack.quantization.curvature import float_curvatures, layers_at_a_time
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
@@ -151,8 +152,8 @@ def test_gptq_stays_on_the_grid_and_lowers_the_output_error(make_job: MakeJob, m
 
 def test_gptq_in_several_looks_gives_the_same(make_job: MakeJob) -> None:
     one, many = prepared(make_job("w4a16")), prepared(make_job("w4a16"))
-    assert len(list(Gptq().chunks(quantized_layers(one.model)))) == 1
-    assert len(list(Gptq(memory_gb=1e-9).chunks(quantized_layers(many.model)))) == 3
+    assert len(list(layers_at_a_time(quantized_layers(one.model), 0.75))) == 1
+    assert len(list(layers_at_a_time(quantized_layers(many.model), 1e-9))) == 3
     Gptq(positions=10**9).apply(one)
     Gptq(positions=10**9, memory_gb=1e-9).apply(many)
     for name, layer in quantized_layers(one.model).items():
@@ -161,7 +162,7 @@ def test_gptq_in_several_looks_gives_the_same(make_job: MakeJob) -> None:
 
 def test_gptq_sees_pictures_mirrored_where_asked(make_job: MakeJob) -> None:
     plain, mirrored = (prepared(make_job("w4a16")) for _ in range(2))
-    batches = list(Gptq(mirrored=True).batches(mirrored))
+    batches = list(Gptq(mirrored=True).sampling.batches(mirrored))
     assert len(batches) == 2 * plain.batch_count
     assert torch.equal(batches[1], batches[0].flip(-1))
     Gptq().apply(plain)
@@ -251,8 +252,8 @@ def test_gptq_does_not_shrink_what_a_layer_answers(make_job: MakeJob, output_swe
     job = prepared(make_job("w4a16"))
     gptq = Gptq(output_sweeps=output_sweeps)
     layers = quantized_layers(job.model)
-    for curvatures in gptq.curvatures(job, job.float_model):
-        for name, curvature in curvatures.items():
+    for by_name in float_curvatures(job, gptq.sampling):
+        for name, curvature in by_name.items():
             gptq.round_layer(layers[name], curvature)
             layer, float_layer = layers[name], job.float_model.get_submodule(name)
             weight = grouped(float_layer.weight, layer.groups)

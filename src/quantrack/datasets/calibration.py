@@ -27,6 +27,12 @@ class CalibrationSet:
     def name(self) -> str:
         return f"calibration-{len(self.paths)}"
 
+    def first(self, count: int) -> CalibrationSet:
+        """The first pictures alone, with a digest of their own; all of them where there are no more."""
+        if count >= len(self.paths):
+            return self
+        return CalibrationSet(self.source, self.paths[:count], combined_digest([self.digest, f"first {count}"]))
+
     def batches(self, imgsz: int, batch: int) -> Iterator[NDArray[np.float32]]:
         """Letterboxed inputs, shape [<=batch, 3, imgsz, imgsz], read as they are asked for."""
         for start in range(0, len(self.paths), batch):

@@ -1,31 +1,20 @@
 """Step: round weights one input column at a time, the rest making up for each error (GPTQ).
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
-(arXiv:2210.17323), for convolutions of any grouping. The network is walked once, block by block: a
-block's Hessians are summed while its input batches stream by, its weights are rounded, and the walk
-goes on. Two passes over the pictures, one to look and one to go on, and one forward and backward
-pass for the importance of positions, however many layers there are.
-
-What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error
-there reaches the detections (`importance`), as nearly all of a picture is background. Where asked
-(`output_sweeps`), output channels make up for errors of others that move the detections the same way.
+(arXiv:2210.17323), for convolutions of any grouping, by the Hessians of `curvature`: one walk through the
+network, whatever the mode. Where asked (`output_sweeps`), output channels make up for errors of others that
+move the detections the same way.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantrack.detector.blocks import Block, run_block
-from quantrack.detector.heads import head_levels
 from quantrack.errors import UsageError
-from quantrack.progress import track
-from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
 from quantrack.quantization.coordinate_descent import (
     channel_errors,
     damped,
@@ -34,8 +23,7 @@ from quantrack.quantization.coordinate_descent import (
     restoring_gain,
     towards_diagonal,
 )
-from quantrack.quantization.importance import output_importance, with_covariance, without_covariance
-from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
+from quantrack.quantization.curvature import Curvature, Sampling, curvatures_so_far, float_curvatures
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     Bits,
@@ -43,8 +31,6 @@ from quantrack.quantization.layers import (
     channel_bits,
     clamp_integers,
     fake_quantize,
-    layers_of_block,
-    quantized_input,
     quantized_layers,
     set_weight_scale,
     shaped,
@@ -73,9 +59,10 @@ class Gptq:
     blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
     alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
 
-    Hessians take 4 bytes * groups * (inputs per group)^2 a layer; a block's layers are worked off in as
-    many looks at it as `memory_gb` needs (one each for YOLOv10). Block outputs take another `memory_gb`,
-    then disk; importance 4 bytes for each position of each layer.
+    Hessians take 4 bytes * groups * (inputs per group)^2 a layer, of as many layers of a block at a time as
+    `memory_gb` holds (all, for YOLOv10). Block outputs take another `memory_gb`, then disk; importance 4 bytes
+    for each position of each layer. Of the float network they are kept in the cache: 67 MB for YOLOv10n, 431 MB
+    for YOLOv10m, and with `output_sweeps` 4 bytes * (output channels)^2 a layer more.
     """
 
     positions: int = 4096
@@ -107,35 +94,17 @@ class Gptq:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         before = after = 0.0
         layers = quantized_layers(job.model)
-        for curvatures in self.curvatures(job, job.float_model if self.inputs == "float" else job.model):
-            for name, curvature in curvatures.items():
+        walk = float_curvatures if self.inputs == "float" else curvatures_so_far
+        for by_name in walk(job, self.sampling):
+            for name, curvature in by_name.items():
                 errors = self.round_layer(layers[name], curvature)
                 before, after = before + errors[0], after + errors[1]
         return {"error_before": before, "error_after": after}
 
-    def batches(self, job: QuantizationJob) -> Iterator[Tensor]:
-        """The calibration inputs, each batch followed by its mirror image where that is asked for."""
-        for batch in job.batches():
-            yield batch
-            if self.mirrored:
-                yield batch.flip(-1)
-
-    def curvatures(self, job: QuantizationJob, seen: nn.Module) -> Iterator[Mapping[str, Curvature]]:
-        """Curvatures by layer name, a few layers at a time in network order, of the inputs in `seen`.
-
-        `seen` is the float model or the job's own; layers of the latter are to be rounded before the
-        next are asked for, as later ones see what they give.
-        """
-        positions = _Positions(self, job)
-        with BlockWalk(seen, self.batches(job), job.device, self.memory_gb) as walk:
-            for block in track(walk.blocks, "GPTQ"):
-                layers = layers_of_block(job.model, block)
-                weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-                for names in self.chunks(layers):
-                    with unrounded(layers, weights):  # so that several looks give what one would
-                        curvatures = collect_curvatures(walk, block, names, positions)
-                    yield curvatures
-                walk.advance(block)
+    @property
+    def sampling(self) -> Sampling:
+        """What these settings say of the Hessians."""
+        return Sampling(self.positions, self.importance_share, self.mirrored, self.output_sweeps > 0, self.memory_gb)
 
     def round_layer(self, layer: QuantizedConvolution, curvature: Curvature) -> tuple[float, float]:
         """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""
@@ -164,20 +133,6 @@ class Gptq:
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
         return float(errors[0]), float(errors[1])
 
-    def chunks(self, layers: Mapping[str, QuantizedConvolution]) -> Iterator[list[str]]:
-        """Layer names in order, as many at a time as the memory holds Hessians for."""
-        names: list[str] = []
-        used = 0.0
-        for name, layer in layers.items():
-            need = 4 * layer.groups * (layer.weight.numel() / layer.out_channels) ** 2 / BYTES_PER_GB
-            if names and used + need > self.memory_gb:
-                yield names
-                names, used = [], 0.0
-            names.append(name)
-            used += need
-        if names:
-            yield names
-
     def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
         order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
@@ -204,111 +159,6 @@ class Gptq:
                 errors[:, :, i] = error
             weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
         return rounded
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """What a change of one layer's weights does to the detections, to second order, up to a factor.
-
-    `inputs` [G, D, D] is the mean outer product of input columns at the drawn positions, `drawn_mean` and
-    `mean` [G, D] their mean there and at all positions. `outputs` [O, O] is the covariance of the gradients
-    of the layer's outputs; None where it is not asked for.
-    """
-
-    inputs: Tensor
-    drawn_mean: Tensor
-    mean: Tensor
-    outputs: Tensor | None
-
-    @property
-    def centred(self) -> Tensor:
-        """As `inputs`, of the columns' differences from `mean`."""
-        cross = self.drawn_mean[:, :, None] * self.mean[:, None, :]
-        return self.inputs - cross - cross.transpose(1, 2) + self.mean[:, :, None] * self.mean[:, None, :]
-
-
-class _Positions:
-    """Which output positions of a layer a Hessian is made of, and the gradients that say so."""
-
-    def __init__(self, settings: Gptq, job: QuantizationJob) -> None:
-        self.settings = settings
-        self.generator = torch.Generator().manual_seed(job.seed)
-        self.importance: list[dict[str, Tensor]] = []
-        self.outputs: dict[str, Tensor] = {}
-        if (settings.importance_share > 0 or settings.output_sweeps > 0) and head_levels(job.float_model):
-            names = list(quantized_layers(job.model))
-            count = job.batch_count * (2 if settings.mirrored else 1)
-            seen = with_covariance if settings.output_sweeps > 0 else without_covariance
-            for pictures in track(settings.batches(job), "GPTQ: importance of positions", total=count):
-                found = output_importance(job.float_model, names, pictures, self.generator, seen)
-                self.importance.append({name: of.positions.cpu() for name, of in found.items()})
-                for name, of in found.items():
-                    if of.covariance is not None:
-                        self.outputs[name] = self.outputs.get(name, 0) + of.covariance
-
-    def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
-        """Indices of positions of one batch, with repetition; None for all of them."""
-        count = self.settings.positions
-        if available <= count:
-            return None
-        if not self.importance or self.settings.importance_share == 0:
-            return torch.randint(available, (count,), generator=self.generator)
-        share = self.settings.importance_share
-        importance = self.importance[batch][name].flatten()
-        total = float(importance.sum())
-        if total == 0:  # nothing that this layer does reaches a detection
-            return torch.randint(available, (count,), generator=self.generator)
-        chances = share * importance / total + (1 - share) / available
-        return torch.multinomial(chances, count, replacement=True, generator=self.generator)
-
-
-@torch.no_grad()
-def collect_curvatures(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Curvature]:
-    """Of the named layers of one block, from one look at all of its input batches."""
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    current = 0
-
-    def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
-        drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
-        columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
-        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
-        before = sums.get(name)
-        sums[name] = seen if before is None else (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
-
-    handles = [
-        walk.model.get_submodule(name).register_forward_pre_hook(
-            lambda layer, inputs, name=name: collect(name, layer, inputs)
-        )
-        for name in names
-    ]
-    try:
-        for current in range(walk.batch_count):
-            run_block(walk.model, block, walk.inputs(block, current))
-    finally:
-        for handle in handles:
-            handle.remove()
-    count = walk.batch_count
-    return {
-        name: Curvature(inputs / count, drawn_mean / count, mean / count, positions.outputs.get(name))
-        for name, (inputs, drawn_mean, mean) in sums.items()
-    }
-
-
-@contextmanager
-def unrounded(layers: Mapping[str, QuantizedConvolution], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let layers compute with these weights as they are, for a while."""
-    own = {name: layer.weight.data for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.weight.data = weights[name]
-            layer.weight_quant.disable_quant = True
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.weight.data = own[name]
-            layer.weight_quant.disable_quant = False
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:

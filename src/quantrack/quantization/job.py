@@ -56,11 +56,25 @@ class ActivationStatistics:
 
 
 @dataclass
+class KeptTime:
+    """What it took, in earlier runs, to measure what steps of this job find kept; each such result counts once."""
+
+    seconds: float = 0.0
+    counted: set[str] = field(default_factory=set)
+
+    def count(self, key: str, seconds: float) -> None:
+        """Add the seconds of a kept result, unless this job has counted them or done the work itself."""
+        if key not in self.counted:
+            self.counted.add(key)
+            self.seconds += seconds
+
+
+@dataclass
 class QuantizationJob:
     """The state that a recipe's steps hand on. `float_model` is never changed.
 
     `seed` is that of every random draw of the steps; `plan` gives each convolution's weight bits, where
-    roles are not to decide them.
+    roles are not to decide them. Jobs that are made of one another share `kept_time`.
     """
 
     float_model: nn.Module
@@ -75,6 +89,7 @@ class QuantizationJob:
     plan: BitPlan | None = None
     batch: int = 8
     statistics: Mapping[str, ActivationStatistics] = field(default_factory=dict)
+    kept_time: KeptTime = field(default_factory=KeptTime)
 
     def batches(self) -> Iterator[Tensor]:
         """Calibration inputs, shape [<=batch, 3, imgsz, imgsz], on the job's device."""
@@ -94,7 +109,10 @@ class QuantizationJob:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: its name, its time, and its figures by name; `cached` if an earlier run did it."""
+    """What a step did: its name, its time, and its figures by name; `cached` if an earlier run did it.
+
+    The time is that of the whole step, as it took when each part of it was done.
+    """
 
     step: str
     seconds: float
@@ -133,4 +151,4 @@ def new_job(
 
 def first_pictures(job: QuantizationJob, count: int) -> QuantizationJob:
     """The same job on its first calibration pictures only."""
-    return replace(job, calibration=replace(job.calibration, paths=job.calibration.paths[:count]))
+    return replace(job, calibration=job.calibration.first(count))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -81,14 +82,16 @@ class ActivationRangeSearch:
         path = kept_path(f"{key}.json", "ranges")
         if path.is_file():
             try:
-                kept = _read(path)
-            except (OSError, ValueError, AttributeError) as error:
+                kept, seconds = _read(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 say(f"cached ranges {path}: cannot be read ({type(error).__name__}); measuring again")
             else:
                 say("activation ranges: what each costs (from the cache)")
+                job.kept_time.count(key, seconds)
                 return kept
+        began = time.perf_counter()
         errors = self.errors(job, ranges)
-        write_json(path, errors)
+        write_json(path, {"seconds": time.perf_counter() - began, "errors": errors})
         return errors
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
@@ -121,9 +124,13 @@ class ActivationRangeSearch:
         }
 
 
-def _read(path: Path) -> Errors:
+def _read(path: Path) -> tuple[Errors, float]:
+    """Kept errors, and the seconds that measuring them took."""
     kept = json.loads(path.read_text(encoding="utf-8"))
-    return {name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in kept.items()}
+    errors = {
+        name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in kept["errors"].items()
+    }
+    return errors, float(kept["seconds"])
 
 
 def outputs_and_features(apart: Divergence) -> Tensor:

@@ -25,6 +25,7 @@ from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
 from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerBits, LayerCost, solve_bits
+from quantrack.quantization.curvature import float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
@@ -128,21 +129,24 @@ def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
     path = kept_path(f"{key}.json", "sensitivity")
     if path.is_file():
         try:
-            kept = _read(path)
+            kept, counted = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
+            for part in counted:  # in the seconds of the table
+                job.kept_time.count(part, 0.0)
             return kept
-    began = time.perf_counter()
+    began, before = time.perf_counter(), job.kept_time.seconds
     rows = _table(job, settings)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + job.kept_time.seconds - before
     records = [asdict(row) | {"role": row.role.value} for row in rows]
-    write_json(path, {"seconds": seconds, "rows": records})
+    write_json(path, {"seconds": seconds, "counted": sorted(job.kept_time.counted), "rows": records})
     return Measured(rows, seconds, cached=False)
 
 
-def _read(path: Path) -> Measured:
+def _read(path: Path) -> tuple[Measured, list[str]]:
+    """A kept table, and the keys of what its seconds count that steps may find kept as well."""
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         LayerSensitivity(
@@ -154,7 +158,7 @@ def _read(path: Path) -> Measured:
         )
         for row in kept["rows"]
     ]
-    return Measured(tuple(rows), kept["seconds"], cached=True)
+    return Measured(tuple(rows), kept["seconds"], cached=True), kept["counted"]
 
 
 def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float, plan_by: str) -> StepReport:
@@ -268,8 +272,8 @@ def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, Ro
     gptq = Gptq()
     means: dict[str, Tensor] = {}
     # the curvatures are of the float network's inputs, so one walk serves all
-    for curvatures in gptq.curvatures(trials[settings.bits[0]], job.float_model):
-        for name, curvature in curvatures.items():
+    for by_name in float_curvatures(trials[settings.bits[0]], gptq.sampling):
+        for name, curvature in by_name.items():
             means[name] = curvature.mean
             for bits in settings.bits:
                 gptq.round_layer(layers[bits][name], curvature)

@@ -7,6 +7,7 @@ settings of the step and of all before it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import astuple
 from importlib.metadata import version
@@ -61,7 +62,7 @@ def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> 
     path = _path(key)
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
-    _forget_oldest(path.parent, keep=path)
+    forget_oldest(path.parent, keep=path)
 
 
 def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
@@ -87,7 +88,7 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
 
 
 def kept_path(key: str, kind: str) -> Path:
-    """Where a result of a kind ("steps", "sensitivity") is kept."""
+    """Where a result of a kind ("steps", "sensitivity", ...) is kept."""
     return cache_folder() / kind / key
 
 
@@ -95,9 +96,14 @@ def _path(key: str) -> Path:
     return kept_path(f"{key}.pt", "steps")
 
 
-def _forget_oldest(folder: Path, keep: Path) -> None:
+def forget_oldest(folder: Path, keep: Path) -> None:
+    """Remove the files and folders of a kind that were used longest ago, where room runs out."""
     used = 0
-    for path in sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        used += path.stat().st_size
-        if used > LIMIT_BYTES and path != keep:
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        used += sum(file.stat().st_size for file in (path.glob("*") if path.is_dir() else (path,)))
+        if used <= LIMIT_BYTES or path == keep:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)

@@ -1,0 +1,255 @@
+"""What a change of each layer's weights does to the detections, to second order: the Hessians of GPTQ.
+
+The network is walked once, block by block: a block's Hessians are summed while its input batches stream by. Two
+passes over the pictures, one to look and one to go on, and one forward and backward pass for the importance of
+positions, however many layers there are. Those of the float network are kept on disk, for all modes and bit plans.
+
+What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error there reaches
+the detections (`importance`), as nearly all of a picture is background.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantrack.detector.blocks import Block, run_block
+from quantrack.detector.heads import head_levels
+from quantrack.files import atomic_folder, write_json
+from quantrack.progress import say, track
+from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
+from quantrack.quantization.importance import output_importance, with_covariance, without_covariance
+from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
+from quantrack.quantization.state import DAMAGED
+from quantrack.quantization.step_cache import forget_oldest, kept_path, step_keys
+from quantrack.schemes import Scheme
+
+ANY_MODE = Scheme("any mode", 8, None)
+KEPT = "kept.json"  # beside the files of a kept walk: how many they are, and the seconds that it took
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which positions of which pictures Hessians are made of; as the settings of `Gptq`, which explains them."""
+
+    positions: int
+    importance_share: float
+    mirrored: bool
+    covariances: bool
+    memory_gb: float
+
+    def batches(self, job: QuantizationJob) -> Iterator[Tensor]:
+        """The calibration inputs, each batch followed by its mirror image where that is asked for."""
+        for batch in job.batches():
+            yield batch
+            if self.mirrored:
+                yield batch.flip(-1)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What a change of one layer's weights does to the detections, to second order, up to a factor.
+
+    `inputs` [G, D, D] is the mean outer product of input columns at the drawn positions, `drawn_mean` and
+    `mean` [G, D] their mean there and at all positions. `outputs` [O, O] is the covariance of the gradients
+    of the layer's outputs; None where it is not asked for.
+    """
+
+    inputs: Tensor
+    drawn_mean: Tensor
+    mean: Tensor
+    outputs: Tensor | None
+
+    @property
+    def centred(self) -> Tensor:
+        """As `inputs`, of the columns' differences from `mean`."""
+        cross = self.drawn_mean[:, :, None] * self.mean[:, None, :]
+        return self.inputs - cross - cross.transpose(1, 2) + self.mean[:, :, None] * self.mean[:, None, :]
+
+    def to(self, device: torch.device) -> Curvature:
+        """The same on another device."""
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        return Curvature(self.inputs.to(device), self.drawn_mean.to(device), self.mean.to(device), outputs)
+
+
+Curvatures = Iterator[Mapping[str, Curvature]]
+
+
+def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
+    """Curvatures by layer name, a few layers at a time in network order, of the inputs in the float network.
+
+    It is walked once for the same model, pictures, settings and code: neither the job's weights nor its activations
+    enter them, so all modes and bit plans share what is kept. Of a model without a digest nothing is.
+    """
+    found = _curvatures(job, job.float_model, sampling)
+    if not job.model_digest:
+        return found
+    layers = sorted(quantized_layers(job.model))
+    (key,) = step_keys(replace(job, scheme=ANY_MODE, plan=None), [(sampling, layers)])
+    folder = kept_path(key, "curvatures")
+    if folder.is_dir():
+        try:
+            kept, seconds = _read(folder)
+        except (*DAMAGED, ValueError) as error:
+            say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
+        else:
+            say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
+            folder.touch()
+            job.kept_time.count(key, seconds)
+            return ({name: one.to(job.device) for name, one in of.items()} for of in kept)
+    job.kept_time.count(key, 0.0)
+    return _kept(found, folder)
+
+
+def curvatures_so_far(job: QuantizationJob, sampling: Sampling) -> Curvatures:
+    """As `float_curvatures`, of the inputs in the job's own network; never kept.
+
+    Layers are to be rounded before the next are asked for, as later ones see what they give.
+    """
+    return _curvatures(job, job.model, sampling)
+
+
+def _curvatures(job: QuantizationJob, seen: nn.Module, sampling: Sampling) -> Curvatures:
+    """A Hessian takes 4 bytes * groups * (inputs per group)^2: a block is looked at as often as the memory needs."""
+    positions = _Positions(sampling, job)
+    with BlockWalk(seen, sampling.batches(job), job.device, sampling.memory_gb) as walk:
+        for block in track(walk.blocks, "GPTQ"):
+            layers = layers_of_block(job.model, block)
+            weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+            for names in layers_at_a_time(layers, sampling.memory_gb):
+                with _unrounded(layers, weights):  # so that several looks give what one would
+                    found = _collect(walk, block, names, positions)
+                yield found
+            walk.advance(block)
+
+
+def _kept(found: Curvatures, folder: Path) -> Curvatures:
+    """What is found, and a copy of it on disk once all of it was asked for."""
+    with atomic_folder(folder) as temporary:
+        seconds, count, began = 0.0, 0, time.perf_counter()
+        for count, by_name in enumerate(found, 1):
+            seconds += time.perf_counter() - began  # and not what is done with it
+            torch.save({name: vars(curvature) for name, curvature in by_name.items()}, temporary / f"{count}.pt")
+            yield by_name
+            began = time.perf_counter()
+        write_json(temporary / KEPT, {"files": count, "seconds": seconds})
+    forget_oldest(folder.parent, keep=folder)
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Curvature]], float]:
+    """All of a kept walk, which lies in the files until it is used, and the seconds that it took."""
+    kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    files = [
+        torch.load(folder / f"{place}.pt", map_location="cpu", weights_only=True, mmap=True)
+        for place in range(1, kept["files"] + 1)
+    ]
+    return [{name: Curvature(**parts) for name, parts in file.items()} for file in files], float(kept["seconds"])
+
+
+class _Positions:
+    """Which output positions of a layer a Hessian is made of, and the gradients that say so."""
+
+    def __init__(self, sampling: Sampling, job: QuantizationJob) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(job.seed)
+        self.importance: list[dict[str, Tensor]] = []
+        self.outputs: dict[str, Tensor] = {}
+        if (sampling.importance_share > 0 or sampling.covariances) and head_levels(job.float_model):
+            names = list(quantized_layers(job.model))
+            count = job.batch_count * (2 if sampling.mirrored else 1)
+            seen = with_covariance if sampling.covariances else without_covariance
+            for pictures in track(sampling.batches(job), "GPTQ: importance of positions", total=count):
+                found = output_importance(job.float_model, names, pictures, self.generator, seen)
+                self.importance.append({name: of.positions.cpu() for name, of in found.items()})
+                for name, of in found.items():
+                    if of.covariance is not None:
+                        self.outputs[name] = self.outputs.get(name, 0) + of.covariance
+
+    def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
+        """Indices of positions of one batch, with repetition; None for all of them."""
+        count = self.sampling.positions
+        if available <= count:
+            return None
+        if not self.importance or self.sampling.importance_share == 0:
+            return torch.randint(available, (count,), generator=self.generator)
+        share = self.sampling.importance_share
+        importance = self.importance[batch][name].flatten()
+        total = float(importance.sum())
+        if total == 0:  # nothing that this layer does reaches a detection
+            return torch.randint(available, (count,), generator=self.generator)
+        chances = share * importance / total + (1 - share) / available
+        return torch.multinomial(chances, count, replacement=True, generator=self.generator)
+
+
+@torch.no_grad()
+def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Curvature]:
+    """Of the named layers of one block, from one look at all of its input batches."""
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    current = 0
+
+    def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
+        drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
+        columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
+        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
+        before = sums.get(name)
+        sums[name] = seen if before is None else (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
+
+    handles = [
+        walk.model.get_submodule(name).register_forward_pre_hook(
+            lambda layer, inputs, name=name: collect(name, layer, inputs)
+        )
+        for name in names
+    ]
+    try:
+        for current in range(walk.batch_count):
+            run_block(walk.model, block, walk.inputs(block, current))
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = walk.batch_count
+    return {
+        name: Curvature(inputs / count, drawn_mean / count, mean / count, positions.outputs.get(name))
+        for name, (inputs, drawn_mean, mean) in sums.items()
+    }
+
+
+def layers_at_a_time(layers: Mapping[str, QuantizedConvolution], memory_gb: float) -> Iterator[list[str]]:
+    """Layer names in order, as many at a time as the memory holds Hessians for."""
+    names: list[str] = []
+    used = 0.0
+    for name, layer in layers.items():
+        need = 4 * layer.groups * (layer.weight.numel() / layer.out_channels) ** 2 / BYTES_PER_GB
+        if names and used + need > memory_gb:
+            yield names
+            names, used = [], 0.0
+        names.append(name)
+        used += need
+    if names:
+        yield names
+
+
+@contextmanager
+def _unrounded(layers: Mapping[str, QuantizedConvolution], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let layers compute with these weights as they are, for a while."""
+    own = {name: layer.weight.data for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight.data = weights[name]
+            layer.weight_quant.disable_quant = True
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.data = own[name]
+            layer.weight_quant.disable_quant = False

@@ -1,0 +1,136 @@
+"""Curvatures of the float network are measured once, for all modes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantrack.detector.environment import cache_folder
+from quantrack.quantization.apply import apply_recipe
+from quantrack.quantization.curvature import KEPT, Curvature, Sampling, float_curvatures
+from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.recipe import RECIPES
+from quantrack.quantization.step_cache import forget_oldest
+
+MakeJob = Callable[[str], QuantizationJob]
+SAMPLING = Gptq(positions=64).sampling
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for each test, so that one finds nothing of another's."""
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path / "cache"))
+    return cache_folder() / "curvatures"
+
+
+def known(make_job: MakeJob, mode: str = "w4a8") -> QuantizationJob:
+    """A job of a model that has a digest, with its quantizers inserted."""
+    job = replace(make_job(mode), model_digest="tiny")
+    InsertQuantizers().apply(job)
+    return job
+
+
+def passes(job: QuantizationJob, sampling: Sampling = SAMPLING) -> tuple[dict[str, Curvature], int]:
+    """The float network's curvatures, and how often its first convolution ran for them."""
+    count = 0
+
+    def seen(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handle = job.float_model.get_submodule("model.0").register_forward_hook(seen)
+    try:
+        found: dict[str, Curvature] = {}
+        for by_name in float_curvatures(job, sampling):
+            found |= by_name
+        return found, count
+    finally:
+        handle.remove()
+
+
+def equal(one: Mapping[str, Curvature], other: Mapping[str, Curvature]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].centred, other[name].centred) and torch.equal(one[name].mean, other[name].mean)
+        for name in one
+    )
+
+
+def test_another_mode_finds_them_kept(make_job: MakeJob) -> None:
+    first, runs = passes(known(make_job, "w4a8"))
+    assert runs > 0
+    for mode in ("w8a16", "w4a8"):
+        job = known(make_job, mode)
+        again, runs = passes(job)
+        assert runs == 0
+        assert equal(first, again)
+        assert job.kept_time.seconds > 0  # what the first one took
+        seconds = job.kept_time.seconds
+        passes(job)
+        assert job.kept_time.seconds == seconds  # counted once
+
+
+def test_what_they_depend_on_makes_them_anew(make_job: MakeJob) -> None:
+    job = known(make_job)
+    passes(job)
+    few = replace(job, calibration=job.calibration.first(2))
+    for other in (replace(job, seed=1), replace(job, model_digest="other"), replace(job, head="one2many"), few):
+        assert passes(other)[1] > 0
+    assert passes(job, replace(SAMPLING, positions=32))[1] > 0
+    assert passes(job)[1] == 0
+
+
+def test_a_model_without_a_digest_keeps_none(make_job: MakeJob, cache: Path) -> None:
+    job = replace(known(make_job), model_digest="")
+    assert passes(job)[1] == passes(job)[1] > 0
+    assert not cache.exists()
+
+
+def test_what_is_cut_short_is_not_kept(make_job: MakeJob, cache: Path) -> None:
+    walk = float_curvatures(known(make_job), SAMPLING)
+    next(iter(walk))
+    del walk
+    assert list(cache.iterdir()) == []
+    assert passes(known(make_job))[1] > 0
+
+
+@pytest.mark.parametrize("damaged", [KEPT, "1.pt"])
+def test_a_broken_file_is_measured_again(make_job: MakeJob, cache: Path, damaged: str) -> None:
+    first, _ = passes(known(make_job))
+    (folder,) = cache.iterdir()
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:20])
+    again, runs = passes(known(make_job))
+    assert runs > 0
+    assert equal(first, again)
+    assert passes(known(make_job))[1] == 0
+
+
+def test_kept_curvatures_give_the_same_weights(make_job: MakeJob) -> None:
+    plain, keeping, finding = (replace(make_job("w4a8"), model_digest=digest) for digest in ("", "tiny", "tiny"))
+    for job in (plain, keeping, finding):
+        apply_recipe(job, RECIPES["default"])
+    weights = [[layer.weight for layer in quantized_layers(job.model).values()] for job in (plain, keeping, finding)]
+    for others in weights[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(weights[0], others, strict=True))
+
+
+def test_a_step_counts_the_time_that_was_kept(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = known(make_job)
+    passes(job)
+    monkeypatch.setattr("quantrack.quantization.curvature._read", lambda folder: ([], 1000.0))
+    (report,) = apply_recipe(known(make_job), (Gptq(positions=64),))
+    assert report.seconds > 1000
+
+
+def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantrack.quantization.step_cache.LIMIT_BYTES", 30_000)
+    for name in ("old", "newer", "newest"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.pt").write_bytes(bytes(9_000))
+    (tmp_path / "file.pt").write_bytes(bytes(9_000))
+    forget_oldest(tmp_path, keep=tmp_path / "newest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "newer", "newest"]

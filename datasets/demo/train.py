@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--tune-epochs", type=int, default=9)
+    parser.add_argument("--tune-size", type=int, default=640, help="what the full scenes are scaled to")
+    parser.add_argument("--architecture", type=Path, default=HERE / "yolov10n-demo.yaml")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     os.environ["YOLO_AUTOINSTALL"] = "false"
@@ -66,18 +68,19 @@ def main() -> None:
     large = write_yolo_layout(work / "scenes-large", options.pictures // 3, ((640, 640), (640, 480)), TRAIN_SEED + 1)
     common = {"device": "cpu", "workers": 0, "amp": False, "seed": 0, "plots": False, "project": str(work)}
     still = {"mosaic": 0.0, "translate": 0.05, "scale": 0.25, "degrees": 0.0, "erasing": 0.0, "cache": "ram"}
-    model = YOLO(HERE / "yolov10n-demo.yaml")
+    model = YOLO(options.architecture)
     model.train(
         data=small, imgsz=320, epochs=options.epochs, batch=16, optimizer="AdamW", lr0=0.002, cos_lr=True,
         warmup_epochs=1, val=False, name="small", **common, **still,
     )  # fmt: skip
     model = YOLO(model.trainer.last)
     model.train(
-        data=large, imgsz=640, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.001, cos_lr=True,
+        data=large, imgsz=options.tune_size, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.001, cos_lr=True,
         warmup_epochs=0.2, val=False, name="large", **common, **still,
     )  # fmt: skip
-    shutil.copy(model.trainer.last, work / "yolov10n-demo.pt")
-    print(f"trained: {work / 'yolov10n-demo.pt'}")
+    trained = work / f"{options.architecture.stem}.pt"
+    shutil.copy(model.trainer.last, trained)
+    print(f"trained: {trained}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def comparison(ptq_run: Run, shared_store: Path) -> Run:
 
 
 def test_the_comparison_is_logged_whole(comparison: Run, ptq_run: Run) -> None:
-    assert comparison.info.run_name == "compare-3-yolov10n-demo"
+    assert comparison.info.run_name == "compare-3-small"
     assert logged(comparison) >= {"comparison.json", "report.html", "summary.md", "plots"}
     assert logged(comparison, "plots") == PLOTS
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{comparison.info.run_id}/comparison.json"))

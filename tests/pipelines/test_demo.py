@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from command import DEMO, run_pipeline, use_store
+from command import DEMO, SMALL_LAYERS, run_pipeline, use_store
 from mlflow.entities import Run
 
 METRICS = {
@@ -21,7 +21,7 @@ ARTIFACTS = {
     "config.yaml", "calibration.json", "layers.json", "coco_metrics.json", "per_class_ap.json", "detections.json",
     "environment.json", "placement.json", "plots/placement.png", "summary.md",
     "plots/precision_recall.png", "plots/per_class_ap.png",
-    "onnx/yolov10n-demo-w4a8-qcdq-ptq.onnx", "onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx",
+    "onnx/small-w4a8-qcdq-ptq.onnx", "onnx/small-w4a8-qcdq-ptq-opt.onnx",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_ptq_artifacts_say_what_was_done(ptq_run: Run) -> None:
     calibration = json.loads(read("calibration.json"))
     assert (calibration["images"], calibration["seed"]) == (6, 0)
     assert calibration["pictures"] == [f"{index:012d}.jpg" for index in range(1, 7)]
-    assert len(calibration["activation_quantizers"]) == 82
+    assert len(calibration["activation_quantizers"]) == SMALL_LAYERS
     assert set(next(iter(calibration["activation_quantizers"].values()))) >= {"scale", "zero_point", "minimum"}
     layers = json.loads(read("layers.json"))
     assert [row["weight_bits"] for row in layers if row["role"] == "dfl"] == ["float"]
@@ -72,7 +72,7 @@ def test_ptq_artifacts_say_what_was_done(ptq_run: Run) -> None:
 
 
 def test_baseline_is_nested_once_and_reused(ptq_run: Run, shared_store: Path) -> None:
-    baseline = named(shared_store, "baseline-fp32-yolov10n-demo")
+    baseline = named(shared_store, "baseline-fp32-small")
     assert baseline.data.tags["mlflow.parentRunId"] == ptq_run.info.run_id
     expected = 100 * (baseline.data.metrics["mAP50-95"] - ptq_run.data.metrics["mAP50-95"])
     assert ptq_run.data.metrics["mAP50-95_drop"] == pytest.approx(expected)
@@ -98,7 +98,7 @@ def test_same_command_twice_gives_the_same_metrics(
     monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))  # no step of the first run may be reused
     done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w4a8")
     assert done.returncode == 0, done.stderr
-    again = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
+    again = named(shared_store, "ptq-w4a8-default-small")
     assert again.info.run_id != ptq_run.info.run_id
     for name, value in ptq_run.data.metrics.items():
         of_the_moment = ("latency", "steps_from_cache", "busy_cores", "peak_rss")
@@ -107,10 +107,10 @@ def test_same_command_twice_gives_the_same_metrics(
 
 
 def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_store: Path) -> None:
-    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
     done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri)
     assert done.returncode == 0, done.stderr
-    scored = named(shared_store, "evaluate-w4a8-yolov10n-demo")
+    scored = named(shared_store, "evaluate-w4a8-small")
     for name in (
         "mAP50-95",
         "AR100",
@@ -124,17 +124,17 @@ def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_sto
 
 
 def test_evaluate_refuses_the_other_head(ptq_run: Run, shared_store: Path) -> None:
-    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
     done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri, "--head", "one2many")
     assert done.returncode == 1
     assert "use head=one2one" in done.stderr
 
 
 def test_benchmark_measures_speed_only(ptq_run: Run, shared_store: Path) -> None:
-    uri = f"runs:/{ptq_run.info.run_id}/onnx/yolov10n-demo-w4a8-qcdq-ptq-opt.onnx"
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
     done = run_pipeline(shared_store, "benchmark", "--onnx", uri, "--latency-runs", "5")
     assert done.returncode == 0, done.stderr
-    timed = named(shared_store, "benchmark-w4a8-yolov10n-demo")
+    timed = named(shared_store, "benchmark-w4a8-small")
     assert timed.data.metrics["latency_ms_p50"] > 0
     assert "mAP50-95" not in timed.data.metrics
     # in turns with the float32 file of the run behind the address
@@ -145,7 +145,7 @@ def test_benchmark_finds_the_best_session_settings(ptq_run: Run, shared_store: P
     uri = f"runs:/{ptq_run.info.run_id}/onnx"
     done = run_pipeline(shared_store, "benchmark", "--onnx", uri, "--latency-runs", "10", "--tune", "true")
     assert done.returncode == 0, done.stderr
-    timed = named(shared_store, "benchmark-w4a8-yolov10n-demo")
+    timed = named(shared_store, "benchmark-w4a8-small")
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{timed.info.run_id}/tuning.json"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert {"defaults", "fold_weights=true", "optimization=extended"} <= {row["session"] for row in rows}
@@ -159,29 +159,31 @@ def test_integer_kernels_and_packed_weights(ptq_run: Run, shared_store: Path) ->
         shared_store, "ptq", *DEMO, "--mode", "w4a8", "--placement", "full", "--weight-storage", "int4"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    small = named(shared_store, "ptq-w4a8-full-int4-default-yolov10n-demo")
+    small = named(shared_store, "ptq-w4a8-full-int4-default-small")
     assert small.data.tags["placement"] == "full"
     assert small.data.tags["weight_storage"] == "int4"
     metrics = small.data.metrics
-    assert metrics["nodes_int8_compute"] == 82 + 19 + 10  # Conv, Concat, Add; no SiLU is large here
+    assert metrics["nodes_int8_compute"] == SMALL_LAYERS + 8 + 3  # Conv, Concat, Add; no SiLU is large here
     assert ptq_run.data.metrics["nodes_int8_compute"] == 0
     assert metrics["mAP50-95"] > ptq_run.data.metrics["mAP50-95"] - 0.05
     assert metrics["parity_mean_abs"] < 0.02
     assert metrics["onnx_mb"] < 0.7 * ptq_run.data.metrics["onnx_mb"]
-    assert "onnx/yolov10n-demo-w4a8-qcdq-ptq-full-int4-opt.onnx" in artifacts(small)
+    assert "onnx/small-w4a8-qcdq-ptq-full-int4-opt.onnx" in artifacts(small)
 
 
 def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(shared_store, "baseline", *DEMO, "--precision", "fp16")
     assert done.returncode == 0, done.stderr
-    half = named(shared_store, "baseline-fp16-yolov10n-demo")
+    half = named(shared_store, "baseline-fp16-small")
     assert abs(half.data.metrics["mAP50-95_drop"]) < 2
-    assert half.data.metrics["onnx_mb"] < 2.2
+    whole = named(shared_store, "baseline-fp32-small")
+    assert half.data.metrics["onnx_mb"] < 0.55 * whole.data.metrics["onnx_mb"]
 
 
 def test_one_to_many_head(ptq_run: Run, shared_store: Path) -> None:
-    # at the size that users get, unlike the other runs of the demo
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--imgsz", "640", "--mode", "w4a8", "--head", "one2many")
+    # the detector and the size that users get, unlike the other runs
+    options = ("--model", "demo", "--imgsz", "640", "--mode", "w4a8", "--head", "one2many")
+    done = run_pipeline(shared_store, "ptq", *DEMO, *options)
     assert done.returncode == 0, done.stderr
     many = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
     assert many.data.tags["head"] == "one2many"

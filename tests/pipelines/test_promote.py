@@ -59,7 +59,7 @@ def test_a_run_that_passes_becomes_champion_once(ptq_run: Run, shared_store: Pat
     options = ("--name", "watch", "--run-id", ptq_run.info.run_id, *LENIENT)
     done = run_pipeline(shared_store, "promote", *options)
     assert done.returncode == 0, done.stderr
-    assert "watch: champion is version 1 of ptq-w4a8-default-yolov10n-demo" in done.stderr
+    assert "watch: champion is version 1 of ptq-w4a8-default-small" in done.stderr
     made = promotion(shared_store)
     assert made.info.status == "FINISHED"
     assert made.info.run_name == "promote-watch"
@@ -95,7 +95,7 @@ def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> 
 def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(
         shared_store, "promote", "--name", "refused", "--run-id", ptq_run.info.run_id,
-        "--max-mb", "0.5", "--min-mAP", "0.99", "--max-latency-ratio", "0.001", *LENIENT,
+        "--max-mb", "0.2", "--min-mAP", "0.99", "--max-latency-ratio", "0.001", *LENIENT,
     )  # fmt: skip
     assert done.returncode == 1
     refusal = promotion(shared_store)
@@ -104,7 +104,7 @@ def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, s
     assert f"error: {reason}" in done.stderr.splitlines()
     assert reason.startswith("refused: max_latency_ratio: latency_ms_p50 over the float32 run's is ")
     size, accuracy = ptq_run.data.metrics["onnx_mb"], ptq_run.data.metrics["mAP50-95"]
-    assert f"; max_mb: onnx_mb is {size:.6g}, limit 0.5; min_mAP: mAP50-95 is {accuracy:.6g}, limit 0.99" in reason
+    assert f"; max_mb: onnx_mb is {size:.6g}, limit 0.2; min_mAP: mAP50-95 is {accuracy:.6g}, limit 0.99" in reason
     assert not is_registered("refused")
     assert {gate["gate"]: gate["passed"] for gate in gates(refusal)["runs"][0]["gates"]} == {  # type: ignore[index]
         "finished": True, "logged_model": True, "metrics": True, "tags": True, "max_drop": True,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from command import ROOT, newest_run, run_pipeline, use_store
+from command import ROOT, SMALL, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
-SMALL = (
-    "--model", "demo", "--data-root", "demo", "--imgsz", "320", "--eval-images", "8", "--calib-images", "4",
+DEMO = (
+    "--model", SMALL, "--data-root", "demo", "--imgsz", "320", "--eval-images", "8", "--calib-images", "4",
     "--latency-runs", "3", "--mode", "w4a8", "--recipe", "naive", "--train-images", "16", "--batch", "4",
     "--epochs", "3", "--lr0", "0.01", "--lr0-scales", "0.001",
 )  # fmt: skip
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(store: Path) -> Run:
     """A training from start to end."""
-    done = run_pipeline(store, "qat", *SMALL)
+    done = run_pipeline(store, "qat", *DEMO)
     assert done.returncode == 0, done.stderr
     return newest_run(store, "qat")
 
@@ -51,7 +51,7 @@ def test_training_recovers_what_naive_quantization_loses(store: Path, whole: Run
     use_store(store)
     client = mlflow.MlflowClient()
     files = {entry.path for entry in client.list_artifacts(whole.info.run_id, "onnx")}
-    assert "onnx/yolov10n-demo-w4a8-qcdq-qat.onnx" in files
+    assert "onnx/small-w4a8-qcdq-qat.onnx" in files
     assert {entry.path for entry in client.list_artifacts(whole.info.run_id, "training")} == {"training/best.pt"}
     for name in ("train/box_loss", "train/distill_loss", "lr/scales", "validation/mAP50-95", "ema/updates"):
         steps = [point.step for point in client.get_metric_history(whole.info.run_id, name)]
@@ -59,7 +59,7 @@ def test_training_recovers_what_naive_quantization_loses(store: Path, whole: Run
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_been(store: Path, whole: Run) -> None:
-    command = [sys.executable, str(ROOT / "pipelines/qat.py"), *SMALL, "--from-run", whole.data.tags["ptq_run_id"]]
+    command = [sys.executable, str(ROOT / "pipelines/qat.py"), *DEMO, "--from-run", whole.data.tags["ptq_run_id"]]
     process = subprocess.Popen(command, cwd=store, env=environment(store), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

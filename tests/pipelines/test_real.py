@@ -12,12 +12,20 @@ from quantrack.runtime.exact_sums import sums_are_exact
 pytestmark = pytest.mark.real
 # benchmarks/accuracy_table.py takes the whole list, and three times as long.
 CALIBRATION = "16"
+INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50")  # for a median that a slow moment does not move
+SLOWEST = 0.8  # times float32, with integer kernels: 0.55 where they were made, but the other worker disturbs
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One store for this file, so that the float32 baseline is measured once."""
     return tmp_path_factory.mktemp("real")
+
+
+def times_float32(run: Run, metric: str) -> float:
+    """A metric as a multiple of the float32 baseline's."""
+    baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
+    return float(run.data.metrics[metric] / baseline.data.metrics[metric])
 
 
 def measure(real_inputs: Path, store: Path, entry_point: str, *options: str) -> Run:
@@ -40,47 +48,48 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40), ("w4a8", 0.40)])
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a8", 0.40)])
 def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
 
-def test_a_bit_plan_keeps_to_its_budget_and_the_detector(real_inputs: Path, store: Path) -> None:
-    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--avg-bits", "4.5", "--plan-bits", "4,8")
-    metrics = run.data.metrics
-    assert 4.45 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.43
-    assert metrics["parity_mean_abs"] < 0.02
-    assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
-
-
 def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path) -> None:
     run = measure(
-        real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
+        real_inputs, store, "ptq", "--mode", "w4a16", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
         "--plan-by", "channel", "--weight-storage", "int4",
     )  # fmt: skip
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.42
-    baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
-    assert metrics["onnx_mb"] < 0.26 * baseline.data.metrics["onnx_mb"]
+    assert times_float32(run, "onnx_mb") < 0.26
 
 
-@pytest.mark.parametrize(("mode", "storage", "least"), [("w8a8", "int8", 0.455), ("w4a8", "int4", 0.40)])
-def test_integer_kernels(real_inputs: Path, store: Path, mode: str, storage: str, least: float) -> None:
-    run = measure(real_inputs, store, "ptq", "--mode", mode, "--placement", "full", "--weight-storage", storage)
+def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(real_inputs: Path, store: Path) -> None:
+    options = ("--avg-bits", "4.5", "--plan-bits", "4,8", "--weight-storage", "int4")
+    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *options)
     metrics = run.data.metrics
-    assert metrics["mAP50-95"] >= least
+    assert 4.45 < metrics["weight_bits_avg"] <= 4.5
+    assert metrics["mAP50-95"] >= 0.43
+    assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
+    assert_integer_kernels(run)
+    assert metrics["latency_ratio"] < SLOWEST
+    assert times_float32(run, "onnx_mb") < 0.25
+
+
+def test_integer_kernels(real_inputs: Path, store: Path) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", "w8a8", *INTEGER_KERNELS)
+    assert run.data.metrics["mAP50-95"] >= 0.455
+    assert_integer_kernels(run)
+    if sums_are_exact():  # else slower kernels are taken for 8-bit weights, all of these
+        assert run.data.metrics["latency_ratio"] < SLOWEST
+
+
+def assert_integer_kernels(run: Run) -> None:
+    metrics = run.data.metrics
     assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
     assert metrics["parity_mean_abs"] < 0.02
-    if mode == "w4a8" or sums_are_exact():  # else slower kernels are taken for the 8-bit weights, nearly all at W8A8
-        # 0.55 on the processors that it was made on; the other worker's tests disturb
-        assert metrics["latency_ratio"] < 0.8
-    if storage == "int4":
-        baseline = MlflowClient().get_run(run.data.tags["baseline_run_id"])
-        assert metrics["onnx_mb"] < 0.25 * baseline.data.metrics["onnx_mb"]
 
 
 def test_naive_four_bits_lose_the_detector(real_inputs: Path, store: Path) -> None:

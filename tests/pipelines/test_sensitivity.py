@@ -5,12 +5,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from command import newest_run, run_pipeline
+from command import SMALL, SMALL_LAYERS, newest_run, run_pipeline
 from mlflow.entities import Run
 
 # Small pictures: what is tested here is what the entry points do, not how well.
 DEMO = (
-    "--model", "demo", "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--imgsz", "160",
+    "--model", SMALL, "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--imgsz", "160",
     "--latency-runs", "5",
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ def sensitivity_run(shared_store: Path) -> Run:
 
 
 def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
-    assert sensitivity_run.info.run_name == "sensitivity-w4a8-yolov10n-demo"
+    assert sensitivity_run.info.run_name == "sensitivity-w4a8-small"
     assert 4.3 < sensitivity_run.data.metrics["weight_bits_avg"] <= 4.4
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{sensitivity_run.info.run_id}/sensitivity.json"))
     assert table["columns"] == [
@@ -31,7 +31,7 @@ def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
         *(f"error at {bits} bits" for bits in (3, 4, 5, 6, 8)),
         "planned bits",
     ]
-    assert len(table["data"]) == 82
+    assert len(table["data"]) == SMALL_LAYERS
     logged = {entry.path for entry in mlflow.MlflowClient().list_artifacts(sensitivity_run.info.run_id, "plots")}
     assert logged == {"plots/sensitivity.png"}
 
@@ -75,9 +75,9 @@ def test_channels_have_bits_of_their_own(shared_store: Path) -> None:
     assert len(plan["bits"]["model.0.conv"]) == 8
     layers = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/layers.json"))
     counts = [layer["weight_bits_of_channels"] for layer in layers if "weight_bits_of_channels" in layer]
-    assert len(counts) == 82 - 6  # the head's outputs, whose channels are classes and sides of boxes
-    assert type(plan["bits"]["model.23.one2one_cv3.0.2"]) is int
-    assert sum(set(count) == {"4", "8"} for count in counts) > 20
+    assert len(counts) == SMALL_LAYERS - 4  # the head's outputs, whose channels are classes and sides of boxes
+    assert type(plan["bits"]["model.9.one2one_cv3.0.2"]) is int
+    assert sum(set(count) == {"4", "8"} for count in counts) > SMALL_LAYERS / 4
 
 
 def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
     done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
-    assert run.info.run_name == "ptq-w4a8-learned-yolov10n-demo"
+    assert run.info.run_name == "ptq-w4a8-learned-small"
     assert run.data.tags["recipe"] == "learned"
     metrics = run.data.metrics
     assert metrics["steps/06_Distillation/seconds"] > 0

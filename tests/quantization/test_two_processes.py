@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import SMALL
 from two_cpus import OnTwoCpus, note
 
 from quantrack.datasets.calibration import load_calibration_set
@@ -27,14 +28,14 @@ SIZE = 64
 
 
 def quantized_student(settings: Qat) -> Student:
-    """The demo detector at W4A8, as `naive` leaves it, with its other head and a teacher."""
-    detector = load_detector("demo", "one2one", SIZE, 0, trust_checkpoint=False)
+    """The small detector at W4A8, as `naive` leaves it, with its other head and a teacher."""
+    detector = load_detector(SMALL, "one2one", SIZE, 0, trust_checkpoint=False)
     calibration = load_calibration_set("random", 4, demo_folder(), seed=0)
     job = new_job(detector, parse_mode("w4a8"), calibration, SIZE, torch.device("cpu"), seed=0)
     for step in RECIPES["naive"]:
         step.apply(job)
     leave_dfl_float(job)
-    return new_student(job, settings, load_auxiliary_head("demo", 0, trust_checkpoint=False))
+    return new_student(job, settings, load_auxiliary_head(SMALL, 0, trust_checkpoint=False))
 
 
 def seen_by(rank: int, folder: Path) -> list[dict[str, Any]]:

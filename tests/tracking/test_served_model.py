@@ -14,6 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from command import SMALL
 
 from quantrack.datasets.coco import EvaluationSet, load_evaluation_set
 from quantrack.datasets.demo import demo_folder
@@ -80,7 +81,7 @@ def log(model: str, root: Path, pictures: int, head: str, folder: Path, imgsz: i
 
 @pytest.fixture(scope="module", params=["one2one", "one2many"])
 def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Logged:
-    return log("demo", demo_folder(), 3, request.param, tmp_path_factory.mktemp("served"))
+    return log(SMALL, demo_folder(), 3, request.param, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import write_json
+from quantrack.quantization.knapsack import least_error
 
 BIT_RANGE = range(2, 9)
 PLANNED_BY = ("layer", "channel")  # what has bits of its own
@@ -104,23 +103,16 @@ def solve_bits(costs: Sequence[LayerCost], average_bits: float) -> dict[str, int
     >>> solve_bits([LayerCost("a", 10, {4: 5.0, 8: 0.0}), LayerCost("b", 30, {4: 6.0, 8: 0.0})], 5.0)
     {'a': 8, 'b': 4}
     """
-    choices = [(cost, bits) for cost in costs for bits in sorted(cost.errors)]
     total = sum(cost.weights for cost in costs)
     least = sum(cost.weights * min(cost.errors) for cost in costs) / total
     if average_bits < least:
         raise UsageError(f"avg_bits={average_bits}: the fewest possible are {least:.3f}; ask for at least that")
-    errors = np.array([cost.errors[bits] for cost, bits in choices])
-    owners = [place for place, cost in enumerate(costs) for _ in cost.errors]
-    one_each = csr_array((np.ones(len(choices)), (owners, np.arange(len(choices)))))
-    # as average bits, with a hair of room for the sum's rounding
-    size = np.array([cost.weights * bits / total for cost, bits in choices])
-    solution = milp(
-        errors / max(errors.max(), 1e-30),
-        integrality=np.ones(len(choices), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, ub=average_bits + 1e-12)],
-        options={"mip_rel_gap": 0.0},
-    )
-    if not solution.success:
-        raise QuantrackError(f"avg_bits={average_bits}: no plan found ({solution.message})")
-    return {cost.name: bits for (cost, bits), taken in zip(choices, solution.x, strict=True) if taken > 0.5}
+    offered = sorted({bits for cost in costs for bits in cost.errors})
+    errors = np.array([[cost.errors.get(bits, np.inf) for bits in offered] for cost in costs])
+    sizes = np.array([[float(cost.weights * bits) for bits in offered] for cost in costs])
+    try:
+        # a hair of room, for what `average_bits` is as a double
+        chosen = least_error(errors, sizes, average_bits * total * (1 + 1e-12))
+    except ValueError as error:
+        raise QuantrackError(f"avg_bits={average_bits}: no plan found ({error})") from error
+    return {cost.name: offered[place] for cost, place in zip(costs, chosen, strict=True)}

@@ -13,11 +13,12 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO_RUNS = "demo runs"
-FILES_OF_DEMO_RUNS = (
-    "test_compare.py", "test_demo.py", "test_promote.py", "test_refusals.py", "test_sensitivity.py", "test_serving.py",
+QUICK_RUNS = "quick runs"
+FILES_OF_QUICK_RUNS = (
+    "test_compare.py", "test_entry_points.py", "test_promote.py", "test_refusals.py", "test_sensitivity.py",
+    "test_serving.py",
 )  # fmt: skip
-ORDER = {"tests/pipelines/test_real.py": 0, DEMO_RUNS: 1}
+ORDER = {"tests/pipelines/test_real.py": 0, QUICK_RUNS: 1}
 
 
 def pytest_configure() -> None:
@@ -31,12 +32,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest first: real detectors, then the demo's runs."""
+    """Longest first: real detectors, then the quick runs."""
     items.sort(key=lambda item: ORDER.get(group_of(item.nodeid), len(ORDER)))
 
 
 class ByGroup(LoadScopeScheduling):
-    """A worker takes a file at a time, or all tests of the demo's runs, so that these are made once.
+    """A worker takes a file at a time, or all tests of the quick runs, so that these are made once.
 
     xdist 3.8's own groups (`--dist loadgroup`) have no effect under pytest 9, which ignores the names that it writes.
     """
@@ -51,9 +52,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByGroup:
 
 
 def group_of(nodeid: str) -> str:
-    """A test's file, or the runs of the demo that it shares with other files."""
+    """A test's file, or the quick runs that it shares with other files."""
     file = nodeid.partition("::")[0]
-    return DEMO_RUNS if Path(file).name in FILES_OF_DEMO_RUNS else file
+    return QUICK_RUNS if Path(file).name in FILES_OF_QUICK_RUNS else file
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ import mlflow
 from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-# YOLOv10's blocks and head, one of each kind: what is tested with it takes a third of the demo's time.
+# YOLOv10's blocks and head, one of each kind, trained for the demo's pictures: a third of the demo's time
 SMALL = str(ROOT / "tests/small/small.pt")
 SMALL_LAYERS = 34  # convolutions, without DFL's
-DEMO = (
+QUICK = (
     "--model", SMALL, "--data-root", "demo", "--imgsz", "320", "--eval-images", "12", "--calib-images", "6",
     "--latency-runs", "5",
 )  # fmt: skip

@@ -1,11 +1,11 @@
-"""`compare` and `reproduce` as a user runs them, on the embedded demo."""
+"""`compare` and `reproduce` as a user runs them, with a small detector and few pictures."""
 
 import json
 from pathlib import Path
 
 import mlflow
 import pytest
-from command import DEMO, newest_run, run_pipeline
+from command import QUICK, newest_run, run_pipeline
 from mlflow.entities import Run
 
 PLOTS = {"pareto_latency.png", "pareto_size.png", "class_drop.png", "activation_ranges.png"}
@@ -18,7 +18,7 @@ def logged(run: Run, folder: str | None = None) -> set[str]:
 @pytest.fixture(scope="session")
 def comparison(ptq_run: Run, shared_store: Path) -> Run:
     """Two modes that `ptq_run` has measured, and one that it has not."""
-    done = run_pipeline(shared_store, "compare", *DEMO, "--modes", "fp32,fp16,w4a8")
+    done = run_pipeline(shared_store, "compare", *QUICK, "--modes", "fp32,fp16,w4a8")
     assert done.returncode == 0, done.stderr
     assert "w4a8: reusing run" in done.stderr
     assert "fp32: reusing run" in done.stderr
@@ -68,7 +68,7 @@ def test_runs_are_compared_by_id(comparison: Run, shared_store: Path) -> None:
     ],
 )
 def test_what_cannot_be_compared_is_refused(store: Path, options: tuple[str, ...], code: int, message: str) -> None:
-    done = run_pipeline(store, "compare", *DEMO, *options)
+    done = run_pipeline(store, "compare", *QUICK, *options)
     assert done.returncode == code
     assert message in done.stderr
     run = newest_run(store, "compare")
@@ -80,7 +80,7 @@ def test_a_mode_that_fails_does_not_stop_the_others(shared_store: Path, tmp_path
     recipe = tmp_path / "greedy.yaml"
     calibrated = "insert_quantizers, observe_activations, mse_weight_scales, min_max_activation_ranges"
     recipe.write_text(f"steps: [{calibrated}, {{distillation: {{steps: 1}}}}]\n")
-    options = (*DEMO, "--calib-images", "1", "--recipe", str(recipe))  # distillation needs a picture to hold back
+    options = (*QUICK, "--calib-images", "1", "--recipe", str(recipe))  # distillation needs a picture to hold back
     done = run_pipeline(shared_store, "compare", *options, "--modes", "w4a16,fp32")
     assert done.returncode == 1
     assert "1 of the modes failed, the others are compared: w4a16:" in done.stderr
@@ -101,7 +101,7 @@ def test_a_run_that_compares_nothing_is_refused(comparison: Run, shared_store: P
 
 
 def test_a_run_is_reproduced_from_its_record(shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w8a16", "--recipe", "naive", "--seed", "3")
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--mode", "w8a16", "--recipe", "naive", "--seed", "3")
     assert done.returncode == 0, done.stderr
     first = newest_run(shared_store, "ptq")
     done = run_pipeline(shared_store, "reproduce", "--run-id", first.info.run_id)

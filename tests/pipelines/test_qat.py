@@ -1,4 +1,4 @@
-"""Quantization-aware training on the demo and on real pictures, whole and killed in the middle."""
+"""Quantization-aware training with a small detector and on real pictures, whole and killed in the middle."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from command import ROOT, SMALL, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
-DEMO = (
+QUICK = (
     "--model", SMALL, "--data-root", "demo", "--imgsz", "320", "--eval-images", "8", "--calib-images", "4",
     "--latency-runs", "3", "--mode", "w4a8", "--recipe", "naive", "--train-images", "16", "--batch", "4",
     "--epochs", "3", "--lr0", "0.01", "--lr0-scales", "0.001",
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(store: Path) -> Run:
     """A training from start to end."""
-    done = run_pipeline(store, "qat", *DEMO)
+    done = run_pipeline(store, "qat", *QUICK)
     assert done.returncode == 0, done.stderr
     return newest_run(store, "qat")
 
@@ -59,7 +59,7 @@ def test_training_recovers_what_naive_quantization_loses(store: Path, whole: Run
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_been(store: Path, whole: Run) -> None:
-    command = [sys.executable, str(ROOT / "pipelines/qat.py"), *DEMO, "--from-run", whole.data.tags["ptq_run_id"]]
+    command = [sys.executable, str(ROOT / "pipelines/qat.py"), *QUICK, "--from-run", whole.data.tags["ptq_run_id"]]
     process = subprocess.Popen(command, cwd=store, env=environment(store), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

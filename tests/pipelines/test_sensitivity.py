@@ -1,4 +1,4 @@
-"""`sensitivity`, and `ptq` with its plan or with a recipe file, on the embedded demo."""
+"""`sensitivity`, and `ptq` with its plan or with a recipe file, with a small detector and few pictures."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from command import SMALL, SMALL_LAYERS, newest_run, run_pipeline
 from mlflow.entities import Run
 
 # Small pictures: what is tested here is what the entry points do, not how well.
-DEMO = (
+QUICK = (
     "--model", SMALL, "--data-root", "demo", "--eval-images", "8", "--calib-images", "6", "--imgsz", "160",
     "--latency-runs", "5",
 )  # fmt: skip
@@ -17,7 +17,7 @@ DEMO = (
 
 @pytest.fixture(scope="module")
 def sensitivity_run(shared_store: Path) -> Run:
-    done = run_pipeline(shared_store, "sensitivity", *DEMO, "--avg-bits", "4.4")
+    done = run_pipeline(shared_store, "sensitivity", *QUICK, "--avg-bits", "4.4")
     assert done.returncode == 0, done.stderr
     return newest_run(shared_store, "sensitivity")
 
@@ -37,7 +37,7 @@ def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
 
 
 def test_sensitivity_by_score_counts_lost_points(shared_store: Path) -> None:
-    few = (*DEMO, "--eval-images", "3", "--calib-images", "3", "--plan-bits", "4,8")
+    few = (*QUICK, "--eval-images", "3", "--calib-images", "3", "--plan-bits", "4,8")
     done = run_pipeline(shared_store, "sensitivity", *few, "--avg-bits", "5", "--measure", "mAP")
     assert done.returncode == 0, done.stderr
     metrics = newest_run(shared_store, "sensitivity").data.metrics
@@ -47,7 +47,7 @@ def test_sensitivity_by_score_counts_lost_points(shared_store: Path) -> None:
 
 def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
     plan = f"runs:/{sensitivity_run.info.run_id}/plan.json"
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--plan", plan)
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--recipe", "fast", "--plan", plan)
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
     assert run.data.metrics["weight_bits_avg"] == pytest.approx(sensitivity_run.data.metrics["weight_bits_avg"])
@@ -56,7 +56,7 @@ def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
 
 
 def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8")
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8")
     assert done.returncode == 0, done.stderr
     metrics = newest_run(shared_store, "ptq").data.metrics
     assert 4.4 < metrics["weight_bits_avg"] <= 4.5
@@ -66,7 +66,7 @@ def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
 
 def test_channels_have_bits_of_their_own(shared_store: Path) -> None:
     options = ("--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8", "--plan-by", "channel")
-    done = run_pipeline(shared_store, "ptq", *DEMO, *options, "--weight-storage", "int4")
+    done = run_pipeline(shared_store, "ptq", *QUICK, *options, "--weight-storage", "int4")
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
     assert 4.49 < run.data.metrics["weight_bits_avg"] <= 4.5
@@ -87,7 +87,7 @@ def test_a_recipe_of_the_users_own(shared_store: Path, tmp_path: Path) -> None:
         "  - percentile_activation_ranges: {percentile: 99.99}\n"
         "  - block_reconstruction: {iterations: 4}\n  - distillation: {steps: 4, batch: 2}\n  - bias_correction\n"
     )
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--recipe", str(recipe))
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
     assert run.info.run_name == "ptq-w4a8-learned-small"

@@ -16,7 +16,7 @@ import cv2
 import mlflow
 import pytest
 import requests
-from command import DEMO, ROOT, newest_run, run_pipeline, use_store
+from command import QUICK, ROOT, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 from typer.testing import CliRunner
 
@@ -157,7 +157,7 @@ def test_the_server_refuses_and_lives_on(server: Server, tmp_path: Path) -> None
 
 
 def test_evaluate_the_registered_model(champion: Run, shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", URI)
+    done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", URI)
     assert done.returncode == 0, done.stderr
     again = newest_run(shared_store, "evaluate")
     assert again.data.metrics["mAP50-95"] == pytest.approx(champion.data.metrics["mAP50-95"])

@@ -100,7 +100,7 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
     if folder.is_dir():
         try:
             kept, seconds = _read(folder)
-        except (*DAMAGED, ValueError) as error:
+        except DAMAGED as error:
             say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")

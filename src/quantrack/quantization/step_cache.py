@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
@@ -99,11 +100,12 @@ def _path(key: str) -> Path:
 def forget_oldest(folder: Path, keep: Path) -> None:
     """Remove the files and folders of a kind that were used longest ago, where room runs out."""
     used = 0
-    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
-        used += sum(file.stat().st_size for file in (path.glob("*") if path.is_dir() else (path,)))
-        if used <= LIMIT_BYTES or path == keep:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process forgets as well
+        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+            used += sum(file.stat().st_size for file in (path.glob("*") if path.is_dir() else (path,)))
+            if used <= LIMIT_BYTES or path == keep:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The entry points as a user runs them, on the embedded demo with few pictures."""
+"""The entry points as a user runs them, with a small detector and few pictures, and once with the embedded demo."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from command import DEMO, SMALL_LAYERS, run_pipeline, use_store
+from command import QUICK, SMALL_LAYERS, run_pipeline, use_store
 from mlflow.entities import Run
 
 METRICS = {
@@ -76,7 +76,7 @@ def test_baseline_is_nested_once_and_reused(ptq_run: Run, shared_store: Path) ->
     assert baseline.data.tags["mlflow.parentRunId"] == ptq_run.info.run_id
     expected = 100 * (baseline.data.metrics["mAP50-95"] - ptq_run.data.metrics["mAP50-95"])
     assert ptq_run.data.metrics["mAP50-95_drop"] == pytest.approx(expected)
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w8a16", "--recipe", "naive")
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--mode", "w8a16", "--recipe", "naive")
     assert done.returncode == 0, done.stderr
     assert "reusing run" in done.stderr
     digest = ptq_run.data.tags["evaluation_digest"]  # other files of tests measure other pictures
@@ -96,7 +96,7 @@ def test_same_command_twice_gives_the_same_metrics(
     ptq_run: Run, shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))  # no step of the first run may be reused
-    done = run_pipeline(shared_store, "ptq", *DEMO, "--mode", "w4a8")
+    done = run_pipeline(shared_store, "ptq", *QUICK, "--mode", "w4a8")
     assert done.returncode == 0, done.stderr
     again = named(shared_store, "ptq-w4a8-default-small")
     assert again.info.run_id != ptq_run.info.run_id
@@ -108,7 +108,7 @@ def test_same_command_twice_gives_the_same_metrics(
 
 def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_store: Path) -> None:
     uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
-    done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri)
+    done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", uri)
     assert done.returncode == 0, done.stderr
     scored = named(shared_store, "evaluate-w4a8-small")
     for name in (
@@ -125,7 +125,7 @@ def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_sto
 
 def test_evaluate_refuses_the_other_head(ptq_run: Run, shared_store: Path) -> None:
     uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
-    done = run_pipeline(shared_store, "evaluate", *DEMO, "--onnx", uri, "--head", "one2many")
+    done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", uri, "--head", "one2many")
     assert done.returncode == 1
     assert "use head=one2one" in done.stderr
 
@@ -156,7 +156,7 @@ def test_benchmark_finds_the_best_session_settings(ptq_run: Run, shared_store: P
 
 def test_integer_kernels_and_packed_weights(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(
-        shared_store, "ptq", *DEMO, "--mode", "w4a8", "--placement", "full", "--weight-storage", "int4"
+        shared_store, "ptq", *QUICK, "--mode", "w4a8", "--placement", "full", "--weight-storage", "int4"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     small = named(shared_store, "ptq-w4a8-full-int4-default-small")
@@ -172,7 +172,7 @@ def test_integer_kernels_and_packed_weights(ptq_run: Run, shared_store: Path) ->
 
 
 def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "baseline", *DEMO, "--precision", "fp16")
+    done = run_pipeline(shared_store, "baseline", *QUICK, "--precision", "fp16")
     assert done.returncode == 0, done.stderr
     half = named(shared_store, "baseline-fp16-small")
     assert abs(half.data.metrics["mAP50-95_drop"]) < 2
@@ -183,7 +183,7 @@ def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) ->
 def test_one_to_many_head(ptq_run: Run, shared_store: Path) -> None:
     # the detector and the size that users get, unlike the other runs
     options = ("--model", "demo", "--imgsz", "640", "--mode", "w4a8", "--head", "one2many")
-    done = run_pipeline(shared_store, "ptq", *DEMO, *options)
+    done = run_pipeline(shared_store, "ptq", *QUICK, *options)
     assert done.returncode == 0, done.stderr
     many = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
     assert many.data.tags["head"] == "one2many"

@@ -18,13 +18,18 @@ def test_a_folder_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [place]
 
 
+def write_and_fail(place: Path) -> None:
+    with atomic_folder(place) as temporary:
+        (temporary / "second").touch()
+        raise RuntimeError
+
+
 def test_a_failure_leaves_the_one_before(tmp_path: Path) -> None:
     place = tmp_path / "kept"
     with atomic_folder(place) as temporary:
         (temporary / "first").touch()
-    with pytest.raises(RuntimeError), atomic_folder(place) as temporary:
-        (temporary / "second").touch()
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write_and_fail(place)
     assert [path.name for path in place.iterdir()] == ["first"]
     assert list(tmp_path.iterdir()) == [place]
 

@@ -75,8 +75,8 @@ def main() -> None:
     )  # fmt: skip
     model = YOLO(model.trainer.last)
     model.train(
-        data=large, imgsz=options.tune_size, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.001, cos_lr=True,
-        warmup_epochs=0.2, val=False, name="large", **common, **still,
+        data=large, imgsz=options.tune_size, epochs=options.tune_epochs, batch=8, optimizer="AdamW", lr0=0.001,
+        cos_lr=True, warmup_epochs=0.2, val=False, name="large", **common, **still,
     )  # fmt: skip
     trained = work / f"{options.architecture.stem}.pt"
     shutil.copy(model.trainer.last, trained)

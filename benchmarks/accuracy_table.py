@@ -35,6 +35,7 @@ TWICE = (
 )
 ONCE = (
     {"mode": "w4a8"} | PLANNED | {"recipe": "default"},
+    {"mode": "w4a8", "recipe": "default"},
     {"mode": "w4a8", "recipe": "fast"},
     {"mode": "w8a8", "recipe": "naive"},
     {"mode": "w4a8", "recipe": "naive"},

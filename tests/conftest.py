@@ -18,7 +18,7 @@ FILES_OF_QUICK_RUNS = (
     "test_compare.py", "test_entry_points.py", "test_promote.py", "test_refusals.py", "test_sensitivity.py",
     "test_serving.py",
 )  # fmt: skip
-ORDER = {"tests/pipelines/test_real.py": 0, QUICK_RUNS: 1}
+LONGEST = ("tests/pipelines/test_real.py", QUICK_RUNS, "tests/onnx/test_files.py", "tests/pipelines/test_qat.py")
 
 
 def pytest_configure() -> None:
@@ -32,8 +32,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest first: real detectors, then the quick runs."""
-    items.sort(key=lambda item: ORDER.get(group_of(item.nodeid), len(ORDER)))
+    """Longest first, so that no worker is left with a long group at the end."""
+    order = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
 class ByGroup(LoadScopeScheduling):

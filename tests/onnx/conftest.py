@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import SMALL
 
 from quantrack.datasets.calibration import CalibrationSet, load_calibration_set
 from quantrack.datasets.demo import demo_calibration_list, demo_folder
@@ -17,7 +18,7 @@ from quantrack.schemes import parse_mode
 
 
 class Small:
-    """The demo detector, a trained YOLOv10n, at 160 px and quantized by the fast recipe: made once a mode."""
+    """The small detector, trained, at 160 px and quantized by the fast recipe: made once a mode."""
 
     SIZE = 160
 
@@ -43,7 +44,7 @@ class Small:
         """
         key = (mode, head, recipe, placement, "channels" if channels else "roles")
         if key not in self._made:
-            detector = load_detector("demo", head, self.SIZE, 0, False)
+            detector = load_detector(SMALL, head, self.SIZE, 0, False)
             job = new_job(detector, parse_mode(mode), self.calibration, self.SIZE, torch.device("cpu"), seed=0)
             job.plan = mixed_channels(job) if channels else None
             apply_recipe(job, recipe_for({"target": "onnxruntime", "placement": placement}, parse_recipe(recipe)).steps)

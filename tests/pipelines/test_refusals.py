@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from command import ROOT, run_pipeline, use_store
+from command import ROOT, SMALL, run_pipeline, use_store
 
 CASES = {
     "option": (("--bogus", "1"), 2, "--bogus: unknown option; --help lists those of ptq"),
@@ -87,7 +87,7 @@ def test_no_gpu_where_one_is_required(shared_store: Path) -> None:
 def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", "demo", "--data-root", "demo"],
+        [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", SMALL, "--data-root", "demo"],
         cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None

@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-# YOLOv10's blocks and head, one of each kind, trained for the demo's pictures: a third of the demo's time
+# most of YOLOv10's kinds of blocks and its head, trained for the demo's pictures: a third of the demo's time
 SMALL = str(ROOT / "tests/small/small.pt")
 SMALL_LAYERS = 34  # convolutions, without DFL's
 QUICK = (

@@ -126,7 +126,7 @@ def test_weights_take_the_scales_of_float_inputs(small):
         run.producers[node.input[1]] for node in run.nodes if node.op_type == "Conv" and node.input[1] in run.producers
     ]
     scaled = [node for node in weights if node.op_type == "Mul"]
-    assert len(scaled) > 20  # the layers of 4 bits; those of 8 stay as they are
+    assert len(scaled) == 23  # the layers of 4 bits; those of 8 stay as they are
     assert {node.op_type for node in weights} == {"Mul", "DequantizeLinear"}
     assert not any(is_input_scale(run, node) for node in run.nodes)
 

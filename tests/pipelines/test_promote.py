@@ -1,4 +1,4 @@
-"""`promote` as a user runs it, on a real demo run and on copies of its record."""
+"""`promote` as a user runs it, on a real run and on copies of its record."""
 
 import json
 import os

@@ -62,7 +62,7 @@ def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, 
     )  # fmt: skip
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.42
+    assert metrics["mAP50-95"] >= 0.435
     assert times_float32(run, "onnx_mb") < 0.26
 
 

@@ -1,7 +1,9 @@
 """Steps that walk a real detector block by block, on a small one and the demo's pictures."""
 
 import copy
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
 from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
-from quantrack.quantization.job import QuantizationJob, first_pictures, new_job
+from quantrack.quantization.job import KeptTime, QuantizationJob, first_pictures, new_job
 from quantrack.quantization.layers import (
     activation_quantization,
     bits_per_channel,
@@ -317,6 +319,31 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     naive = replace(job, model=copy.deepcopy(job.float_model), plan=plan)  # a recipe that quantizes DFL as well
     apply_recipe(naive, RECIPES["naive"])
     assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
+
+
+def test_a_plan_and_gptq_count_their_walk_once(
+    job: QuantizationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
+
+    def seconds(planned: bool) -> tuple[float, float]:
+        """Of planning, and of GPTQ, in a run of their own."""
+        own = replace(job, model=copy.deepcopy(job.float_model), kept_time=KeptTime())
+        plan = plan_job(own, LayerTrials(bits=(4, 8)), 4.5, "layer").seconds if planned else 0.0
+        return plan, apply_recipe(own, (*CALIBRATED, Gptq()))[-1].seconds
+
+    assert max(seconds(planned=True)) < 100
+    (kept,) = (tmp_path / "curvatures").glob("*/kept.json")  # one walk served both; as if it had taken longer
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 1000.0}))
+    shutil.rmtree(tmp_path / "steps", ignore_errors=True)
+    assert seconds(planned=False)[1] > 1000
+    shutil.rmtree(tmp_path / "steps", ignore_errors=True)
+    shutil.rmtree(tmp_path / "sensitivity")
+    for _ in ("the trials find the walk", "the plan is found"):
+        plan, gptq = seconds(planned=True)
+        assert plan > 1000
+        assert gptq < 100
+        shutil.rmtree(tmp_path / "steps", ignore_errors=True)
 
 
 def test_channels_keep_to_bits_of_their_own(job: QuantizationJob) -> None:

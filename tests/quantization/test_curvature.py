@@ -1,5 +1,7 @@
 """Curvatures of the float network are measured once, for all modes."""
 
+import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +82,13 @@ def test_what_they_depend_on_makes_them_anew(make_job: MakeJob) -> None:
     few = replace(job, calibration=job.calibration.first(2))
     for other in (replace(job, seed=1), replace(job, model_digest="other"), replace(job, head="one2many"), few):
         assert passes(other)[1] > 0
-    assert passes(job, replace(SAMPLING, positions=32))[1] > 0
+    for other in (replace(job, imgsz=64), replace(job, batch=2)):
+        assert passes(other)[1] > 0
+    for sampling in (replace(SAMPLING, positions=32), replace(SAMPLING, mirrored=True)):
+        assert passes(job, sampling)[1] > 0
+    fewer = replace(job, model=copy.deepcopy(job.model))
+    fewer.model.model[1] = copy.deepcopy(fewer.float_model.model[1])
+    assert len(passes(fewer)[0]) == len(passes(job)[0]) - 1
     assert passes(job)[1] == 0
 
 
@@ -118,12 +126,18 @@ def test_kept_curvatures_give_the_same_weights(make_job: MakeJob) -> None:
         assert all(torch.equal(one, other) for one, other in zip(weights[0], others, strict=True))
 
 
-def test_a_step_counts_the_time_that_was_kept(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = known(make_job)
-    passes(job)
-    monkeypatch.setattr("quantrack.quantization.curvature._read", lambda folder: ([], 1000.0))
-    (report,) = apply_recipe(known(make_job), (Gptq(positions=64),))
-    assert report.seconds > 1000
+def took(cache: Path, seconds: float) -> None:
+    """As if the walk had taken so long."""
+    (folder,) = cache.iterdir()
+    kept = json.loads((folder / KEPT).read_text())
+    (folder / KEPT).write_text(json.dumps(kept | {"seconds": seconds}))
+
+
+def test_a_step_counts_the_time_that_was_kept(make_job: MakeJob, cache: Path) -> None:
+    passes(known(make_job), Gptq().sampling)
+    took(cache, 1000.0)
+    reports = apply_recipe(replace(make_job("w4a8"), model_digest="tiny"), RECIPES["default"])
+    assert [report.seconds > 1000 for report in reports] == [report.step == "Gptq" for report in reports]
 
 
 def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

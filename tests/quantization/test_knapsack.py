@@ -1,5 +1,10 @@
 """The knapsack behind bit plans, against integer programming over all choices and against dynamic programming."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -73,17 +78,53 @@ def test_only_choices_that_matter_are_programmed(monkeypatch: pytest.MonkeyPatch
     offered: list[int] = []
     solve = knapsack._solved
 
-    def counted(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: float) -> Choice:
+    def counted(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: float, room: float) -> Choice:
         offered.append(int(np.isfinite(errors).sum()))
-        return solve(errors, sizes, budget, known, gap)
+        return solve(errors, sizes, budget, known, gap, room)
 
     monkeypatch.setattr(knapsack, "_solved", counted)
     least_error(errors, sizes, budget)
+    assert offered
     assert all(count < errors.size / 4 for count in offered)
 
 
-def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    for seed in range(6):
-        least_error(*instance(EXACT_ITEMS, seed))
-    print("what comes after is shown")
-    assert capfd.readouterr().out == "what comes after is shown\n"
+@pytest.mark.parametrize("seed", range(8))
+def test_large_sizes_keep_to_the_budget_exactly(seed: int) -> None:
+    errors, sizes, _ = instance(EXACT_ITEMS, seed)
+    sizes = sizes * 100_003 + np.arange(EXACT_ITEMS)[:, None] * np.array([[0, 1, 2, 3]])  # no common factor
+    budget = float(np.floor(sizes.mean(axis=1).sum()))
+    assert totals(errors, sizes, least_error(errors, sizes, budget))[1] <= budget
+
+
+def test_what_is_no_instance_is_refused() -> None:
+    errors, sizes = np.array([[1.0, 0.0], [np.inf, 0.0]]), np.array([[4.0, 8.0], [4.0, 8.0]])
+    assert least_error(errors, sizes, 12).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="not even the smallest choices fit"):
+        least_error(errors, sizes, 11)
+    for broken in (np.array([[np.nan, 0.0], [1.0, 0.0]]), -errors[:1].repeat(2, axis=0)):
+        with pytest.raises(ValueError, match="errors must not be negative"):
+            least_error(broken, sizes, 12)
+    with pytest.raises(ValueError, match="sizes positive whole numbers"):
+        least_error(errors, sizes / 3, 12)
+
+
+def test_the_solver_prints_nothing(tmp_path: Path) -> None:
+    """Into a file, where C keeps what is printed until the end; another process, as Python's tests take its output."""
+    program = f"""
+import ctypes, runpy
+from unittest.mock import patch
+from quantrack.quantization import knapsack
+tests = runpy.run_path({__file__!r})
+print("before", flush=True)
+solve = knapsack.milp
+def loud(*arguments, **options):
+    ctypes.CDLL(None).puts(b"stray")
+    return solve(*arguments, **options)
+with patch.object(knapsack, "milp", loud):
+    knapsack.least_error(*tests["instance"](tests["EXACT_ITEMS"], 3))
+ctypes.CDLL(None).puts(b"after")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "out.txt").open("w") as out:
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=out, env=environment)
+    assert (tmp_path / "out.txt").read_text() == "before\nafter\n"

@@ -1,7 +1,7 @@
 """A bit plan: how many bits each convolution's weights get, chosen under a budget of average bits.
 
 Layers' errors are taken to add up, as in HAWQ-V3 (arXiv:2011.10680), which makes the choice a
-multiple-choice knapsack: integer programming solves it exactly.
+multiple-choice knapsack (`knapsack`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _are_bits(value: object) -> bool:
 
 
 def solve_bits(costs: Sequence[LayerCost], average_bits: float) -> dict[str, int]:
-    """The bits of least total error whose weighted average is at most `average_bits`; proven optimal.
+    """The bits of least total error whose weighted average is at most `average_bits`; proven, as `least_error` says.
 
     Raises:
         UsageError: even the fewest bits of every layer exceed the budget.

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,12 +100,13 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
     folder = kept_path(key, "curvatures")
     if folder.is_dir():
         try:
-            kept, seconds = _read(folder)
+            kept, seconds = _read(folder, layers)
         except DAMAGED as error:
             say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
-            folder.touch()
+            with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
+                os.utime(folder)
             job.kept_time.count(key, seconds)
             return ({name: one.to(job.device) for name, one in of.items()} for of in kept)
     job.kept_time.count(key, 0.0)
@@ -146,13 +148,19 @@ def _kept(found: Curvatures, folder: Path) -> Curvatures:
     forget_oldest(folder.parent, keep=folder)
 
 
-def _read(folder: Path) -> tuple[list[dict[str, Curvature]], float]:
-    """All of a kept walk, which lies in the files until it is used, and the seconds that it took."""
+def _read(folder: Path, layers: list[str]) -> tuple[list[dict[str, Curvature]], float]:
+    """All of a kept walk, which lies in the files until it is used, and the seconds that it took.
+
+    Raises:
+        ValueError: it is not of these layers.
+    """
     kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
     files = [
         torch.load(folder / f"{place}.pt", map_location="cpu", weights_only=True, mmap=True)
         for place in range(1, kept["files"] + 1)
     ]
+    if sorted(name for file in files for name in file) != layers:
+        raise ValueError(f"{folder}: other layers")
     return [{name: Curvature(**parts) for name, parts in file.items()} for file in files], float(kept["seconds"])
 
 

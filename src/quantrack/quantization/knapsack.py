@@ -8,6 +8,7 @@ bounds how far from the best a solution can be.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -28,14 +29,18 @@ def least_error(errors: Matrix, sizes: Matrix, budget: float) -> Choice:
     """The choice [items] of least total error whose sizes come to at most `budget`, proven.
 
     Of more than `EXACT_ITEMS` items its error may be above the least by `GAP` of it. `errors`, not negative, and
-    `sizes` are [items, choices]; an error of infinity marks what an item does not offer. The smallest choices must fit.
+    `sizes`, positive whole numbers, are [items, choices]; an error of infinity marks what an item does not offer.
 
     Raises:
-        ValueError: the solver failed.
+        ValueError: errors or sizes are none, not even the smallest choices fit, or the solver failed.
 
     >>> least_error(np.array([[5.0, 0.0], [6.0, 0.0]]), np.array([[4.0, 8.0], [12.0, 24.0]]), 20.0).tolist()
     [1, 0]
     """
+    if not ((errors >= 0).all() and (sizes > 0).all() and (sizes == np.round(sizes)).all()):
+        raise ValueError("errors must not be negative, sizes positive whole numbers")
+    if not np.where(np.isfinite(errors), sizes, np.inf).min(axis=1).sum() <= budget:
+        raise ValueError("not even the smallest choices fit the budget")
     price = _price(errors, sizes, budget)
     chosen = _filled(_cheapest(errors, sizes, price), errors, sizes, budget)
     priced = errors + price * sizes
@@ -48,7 +53,9 @@ def least_error(errors: Matrix, sizes: Matrix, budget: float) -> Choice:
     if room > gap and unsure.any():
         left = budget - _total(sizes[~unsure], chosen[~unsure])
         offered = np.where(possible, errors, np.inf)[unsure]
-        chosen[unsure] = _solved(offered, sizes[unsure], left, chosen[unsure], gap)
+        solved = _solved(offered, sizes[unsure], left, chosen[unsure], gap, room)
+        if _total(offered, solved) < _total(offered, chosen[unsure]):
+            chosen[unsure] = solved
     return chosen
 
 
@@ -96,40 +103,49 @@ def _total(values: Matrix, choice: Choice) -> float:
     return float(values[np.arange(len(choice)), choice].sum())
 
 
-def _solved(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: float) -> Choice:
-    """By integer programming, over the choices of finite error; at most `gap` above the least.
+def _solved(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: float, room: float) -> Choice:
+    """By integer programming, over the choices of finite error; at most `gap` above the least, or above `known`.
 
-    `known` fits, so that the solver's relative gap can be told.
+    `known` fits, and the least error is at most `room` below its own: the unit in which the solver counts.
     """
     offered = np.isfinite(errors)
     owners, places = np.nonzero(offered)
-    apart = np.where(offered, errors - errors.min(axis=1, keepdims=True), 0.0)  # so that small differences count
     one_each = csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
+    apart = errors - errors.min(axis=1, keepdims=True)
+    smallest = np.where(offered, sizes, np.inf).min(axis=1, keepdims=True)
+    steps = (sizes - smallest)[offered]
+    unit = max(1.0, float(np.gcd.reduce(steps.astype(np.int64))))  # the smaller the numbers, the less tolerance takes
+    most = np.floor((budget - smallest.sum()) / unit + 1e-9)
     with _no_stray_lines():
         solution: OptimizeResult = milp(
-            apart[offered] / max(apart.max(), 1e-30),
+            apart[offered] / room,
             integrality=np.ones(len(owners), dtype=np.int64),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[offered] / budget, ub=1 + 1e-12)],
-            options={"mip_rel_gap": gap / max(_total(apart, known), 1e-30)},
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(steps / unit, ub=most)],
+            options={"mip_rel_gap": gap / _total(apart, known)},
         )
     if not solution.success:
         raise ValueError(solution.message)
-    choice = np.zeros(len(errors), dtype=np.intp)
     taken = solution.x > 0.5
+    if not (np.bincount(owners[taken], minlength=len(errors)) == 1).all() or (steps[taken] / unit).sum() > most:
+        raise ValueError("the solver's choices do not fit")
+    choice = np.empty(len(errors), dtype=np.intp)
     choice[owners[taken]] = places[taken]
     return choice
 
 
 @contextmanager
 def _no_stray_lines() -> Iterator[None]:
-    """HiGHS writes a line for each solution that it repairs, past Python's own standard output, asked or not."""
+    """HiGHS prints a line for each solution that it repairs, asked or not, past Python's own standard output."""
+    c_library = ctypes.CDLL(None)
     sys.stdout.flush()
+    c_library.fflush(None)  # what was written before is shown
     own = os.dup(1)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
+        c_library.fflush(None)
         os.dup2(own, 1)
         os.close(own)

@@ -92,6 +92,7 @@ class ActivationRangeSearch:
         began = time.perf_counter()
         errors = self.errors(job, ranges)
         write_json(path, {"seconds": time.perf_counter() - began, "errors": errors})
+        job.kept_time.count(key, 0.0)
         return errors
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:

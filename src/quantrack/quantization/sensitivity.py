@@ -129,19 +129,19 @@ def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
     path = kept_path(f"{key}.json", "sensitivity")
     if path.is_file():
         try:
-            kept, counted = _read(path)
+            kept, parts = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
-            for part in counted:  # in the seconds of the table
+            for part in parts:  # in the seconds of the table
                 job.kept_time.count(part, 0.0)
             return kept
-    began, before = time.perf_counter(), job.kept_time.seconds
+    began, before, counted = time.perf_counter(), job.kept_time.seconds, set(job.kept_time.counted)
     rows = _table(job, settings)
     seconds = time.perf_counter() - began + job.kept_time.seconds - before
     records = [asdict(row) | {"role": row.role.value} for row in rows]
-    write_json(path, {"seconds": seconds, "counted": sorted(job.kept_time.counted), "rows": records})
+    write_json(path, {"seconds": seconds, "counted": sorted(job.kept_time.counted - counted), "rows": records})
     return Measured(rows, seconds, cached=False)
 
 
@@ -164,9 +164,11 @@ def _read(path: Path) -> tuple[Measured, list[str]]:
 def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float, plan_by: str) -> StepReport:
     """Give the job the plan of least error under a budget; reported as a step, as it takes a step's time."""
     measured = kept_sensitivity(job, settings)
+    began = time.perf_counter()
     job.plan = plan_bits(job, measured.rows, average_bits, plan_by)
+    seconds = measured.seconds + time.perf_counter() - began
     planned = sum(row.planned_error(job.plan.bits[row.name]) for row in measured.rows)
-    return StepReport("Sensitivity", measured.seconds, {"planned_error": planned}, measured.cached)
+    return StepReport("Sensitivity", seconds, {"planned_error": planned}, measured.cached)
 
 
 def _table(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:

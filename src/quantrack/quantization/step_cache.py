@@ -59,6 +59,7 @@ def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> 
     state = model_state(job.model) | {
         "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
         "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
+        "counted": sorted(job.kept_time.counted),
     }
     path = _path(key)
     with atomic_path(path) as temporary:
@@ -84,6 +85,8 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
         path.unlink(missing_ok=True)
         return None
     job.model, job.statistics = model, statistics
+    for key_of_part in state["counted"]:  # in the reports' seconds
+        job.kept_time.count(key_of_part, 0.0)
     path.touch()
     return reports
 

@@ -58,10 +58,12 @@ def group_of(nodeid: str) -> str:
     return QUICK_RUNS if Path(file).name in FILES_OF_QUICK_RUNS else file
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finished steps are cached for the session, never in the user's own cache."""
-    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Finished steps are cached for the session, those of shared fixtures too, never in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTRACK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture

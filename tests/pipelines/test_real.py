@@ -48,7 +48,7 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a8", 0.40)])
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.40), ("w4a8", 0.40)])
 def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least
@@ -57,12 +57,12 @@ def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float)
 
 def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path) -> None:
     run = measure(
-        real_inputs, store, "ptq", "--mode", "w4a16", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
+        real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
         "--plan-by", "channel", "--weight-storage", "int4",
     )  # fmt: skip
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.435
+    assert metrics["mAP50-95"] >= 0.42
     assert times_float32(run, "onnx_mb") < 0.26
 
 

@@ -112,6 +112,8 @@ def _solved(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: fl
     owners, places = np.nonzero(offered)
     one_each = csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
     apart = errors - errors.min(axis=1, keepdims=True)
+    if _total(apart, known) == 0:
+        return known
     smallest = np.where(offered, sizes, np.inf).min(axis=1, keepdims=True)
     steps = (sizes - smallest)[offered]
     unit = max(1.0, float(np.gcd.reduce(steps.astype(np.int64))))  # the smaller the numbers, the less tolerance takes

@@ -107,7 +107,7 @@ def box_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape[1] == BOX_SIDES:
         return l1_loss(student, teacher, reduction="none").mean(dim=1)
     own, other = (bins_of(side).log_softmax(dim=2) for side in (student, teacher))
-    return (other.exp() * (other - own)).sum(dim=(1, 2))
+    return (other.exp() * (other - own)).sum(dim=(1, 2)).clamp_min(0)  # below 0 only by rounding
 
 
 def bins_of(boxes: Tensor) -> Tensor:

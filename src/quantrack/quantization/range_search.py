@@ -44,7 +44,7 @@ LOOK = 2  # pictures that are enough to tell which layers cost most
 
 @dataclass(frozen=True)
 class ActivationRangeSearch:
-    """Runs after a step that sets ranges. Layers whose range makes more than `least_share` of what all ranges
+    """Runs after a step that sets ranges. Layers whose range makes `least_share` or more of what all ranges
     cost, on a few pictures, try shrunken ones on the first `images` of the calibration pictures; the best is kept.
 
     The others keep theirs: what clipping costs on pictures that were not seen, the seen ones hide, so that a
@@ -105,7 +105,7 @@ class ActivationRangeSearch:
         trials = {
             name: {shrink: rounding.trial(name, clipped(ranges[name], shrink)) for shrink in (1.0, *self.shrinks)}
             for name, cost in costs.items()
-            if cost[1.0] > least
+            if cost[1.0] >= least
         }
         if not trials:
             return {}

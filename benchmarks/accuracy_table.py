@@ -17,12 +17,11 @@ import mlflow
 import typer
 from mlflow.entities import Run
 
-from quantrack.settings import PtqSettings, default_texts
 from quantrack.tracking.environment import cpu_name, device_name, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 STRICT = "benchmarks/recipes/strict.yaml"  # every convolution but DFL's at 4 bits
-PLANNED = {"recipe": "best", "avg_bits": "4.5"}
+PLANNED = {"recipe": "best", "avg_bits": "4.5", "plan_by": "layer"}
 # Pictures come in another order and GPTQ draws other positions: what is held against a target has two seeds.
 TWICE = (
     {"mode": "w8a16", "recipe": "default"},
@@ -36,6 +35,7 @@ TWICE = (
 ONCE = (
     {"mode": "w4a8"} | PLANNED | {"recipe": "default"},
     {"mode": "w4a8", "recipe": "default"},
+    {"mode": "w4a8", "recipe": "default", "avg_bits": "0"},
     {"mode": "w4a8", "recipe": "fast"},
     {"mode": "w8a8", "recipe": "naive"},
     {"mode": "w4a8", "recipe": "naive"},
@@ -48,7 +48,6 @@ CASES = (
     *(("ptq", case | {"seed": "1"}) for case in TWICE),
     *(("ptq", case) for case in ONCE),
 )
-PLAN_BITS = default_texts(PtqSettings)["plan_bits"]
 COLUMNS = (
     ("mAP50-95", "{:.4f}"),
     ("mAP50", "{:.4f}"),
@@ -157,10 +156,8 @@ def label(run: Run) -> str:
     if run.data.tags["entry_point"] == "baseline":
         return f"{parameters['precision']}"
     words = [parameters["mode"].upper(), Path(parameters["recipe"]).stem]
-    if float(parameters["avg_bits"]):
-        words.append(f"avg_bits={parameters['avg_bits']}")
-        words += [f"plan_bits={parameters['plan_bits']}"] if parameters["plan_bits"] != PLAN_BITS else []
-        words += ["by channel"] if parameters["plan_by"] == "channel" else []
+    words += [f"{name}={parameters[name]}" for name in ("avg_bits", "plan_bits") if parameters[name]]
+    words += [f"by {parameters['plan_by']}"] if parameters["plan_by"] else []
     return " ".join(words) + f", seed {parameters['seed']}"
 
 

@@ -9,12 +9,10 @@ from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.job import StepReport, new_job
-from quantrack.quantization.recipe import parse_recipe, recipe_for
-from quantrack.quantization.sensitivity import LayerTrials, plan_job
+from quantrack.quantization.job import new_job
 from quantrack.runtime.session import require_cuda
 from quantrack.schemes import parse_mode
-from quantrack.settings import PtqSettings, parse_plan_bits
+from quantrack.settings import PtqSettings
 from quantrack.tracking.log import log_inputs, log_recipe, log_settings, log_step
 from quantrack.tracking.models import fetch_plan
 from quantrack.tracking.quantized import prove_and_log
@@ -24,7 +22,7 @@ from quantrack.tracking.record import log_run_digest
 def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
     scheme = parse_mode(settings.mode)
-    recipe = recipe_for(settings.variant_values(), parse_recipe(settings.recipe))
+    recipe = settings.chosen_recipe()
     device = resolve_device(settings.device)
     if settings.require_gpu:
         require_cuda()
@@ -39,15 +37,9 @@ def ptq(settings: PtqSettings) -> None:
     log_run_digest(settings, detector, evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
-    reports: tuple[StepReport, ...] = ()
-    if settings.plan:
-        job.plan = fetch_plan(settings.plan)
-    elif settings.avg_bits:
-        trials = LayerTrials(bits=parse_plan_bits(settings.plan_bits))
-        reports = (plan_job(job, trials, settings.avg_bits, settings.plan_by),)
-        log_step(0, reports[0])
+    job.plan = fetch_plan(settings.plan) if settings.plan else None
     log_recipe(recipe)
-    reports += apply_recipe(job, recipe.steps, log_step)
+    reports = apply_recipe(job, recipe.steps, log_step)
     prove_and_log(job, detector, evaluation_set, settings, reports, recipe.name, "ptq")
 
 

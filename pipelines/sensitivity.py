@@ -42,7 +42,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
         score = partial(score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz)
         rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:
-        rows = kept_sensitivity(job, LayerTrials(bits, settings.measure)).rows
+        rows = kept_sensitivity(job, LayerTrials(bits, settings.measure))
         unit = MEASURES[settings.measure]
     log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.plan_by), unit)
 

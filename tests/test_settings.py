@@ -1,18 +1,56 @@
 import pytest
 
 from quantrack.errors import UsageError
-from quantrack.settings import CompareSettings, PtqSettings
+from quantrack.quantization.plan_bits import PlanBits
+from quantrack.settings import CompareSettings, PtqSettings, parse_settings, setting_texts
 
 
 def test_each_mode_of_a_comparison_gets_what_its_bits_have_a_use_for():
     settings = CompareSettings(placement="full", weight_storage="int4", avg_bits=4.5)
     children = {mode: settings.child(mode) for mode in ("w8a16", "w8a8", "w4a16", "w4a8")}
     assert {mode: (one.placement, one.weight_storage, one.avg_bits) for mode, one in children.items()} == {
-        "w8a16": ("inputs", "int8", 0.0),
-        "w8a8": ("full", "int8", 0.0),
+        "w8a16": ("inputs", "int8", None),
+        "w8a8": ("full", "int8", None),
         "w4a16": ("inputs", "int4", 4.5),
         "w4a8": ("full", "int4", 4.5),
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "planned"),
+    [
+        ({}, PlanBits()),
+        ({"mode": "w4a16", "recipe": "best"}, PlanBits()),
+        ({"avg_bits": 4.1, "plan_bits": "8,4", "plan_by": "layer"}, PlanBits(4.1, (4, 8), "layer")),
+        ({"plan_by": "layer"}, PlanBits(by="layer")),
+        ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
+        ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25)),
+        ({"avg_bits": 0.0}, None),
+        ({"plan": "plan.json"}, None),
+        ({"recipe": "fast"}, None),
+        ({"recipe": "naive"}, None),
+        ({"weight_storage": "int4"}, None),  # by role: the smallest file
+        ({"mode": "w8a8"}, None),
+    ],
+)
+def test_bits_are_planned_unless_they_go_by_role(given, planned):
+    recipe = PtqSettings(**given).chosen_recipe()
+    assert recipe.plan == planned
+    assert recipe.with_plan(None).steps == recipe.steps[planned is not None :]
+
+
+def test_a_recipe_file_plans_bits_for_int4_too(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("steps: [{plan_bits: {average: 4.2, bits: [4, 8]}}, insert_quantizers]")
+    settings = PtqSettings(recipe=str(path), weight_storage="int4", plan_by="layer")
+    assert settings.chosen_recipe().plan == PlanBits(4.2, (4, 8), "layer")
+
+
+def test_what_is_not_given_reads_as_nothing():
+    texts = setting_texts(PtqSettings())
+    assert texts["avg_bits"] == texts["plan_by"] == ""
+    assert parse_settings(PtqSettings, texts) == PtqSettings()
+    assert parse_settings(PtqSettings, texts | {"avg_bits": "''"}).avg_bits is None
 
 
 def test_kinds_for_names():

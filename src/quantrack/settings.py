@@ -17,7 +17,8 @@ from quantrack.comparison.gates import MORE_IS_BETTER, Limits
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
-from quantrack.quantization.recipe import parse_recipe
+from quantrack.quantization.plan_bits import PlanBits
+from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe, recipe_for
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
 
@@ -31,7 +32,7 @@ MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
 
 
-def _setting(default: str | int | float | bool, description: str, name: str = "") -> Any:  # noqa: ANN401 - as field
+def _setting(default: str | int | float | bool | None, description: str, name: str = "") -> Any:  # noqa: ANN401 - as field
     """A field; `name` is what users call it where that is no name for a field (`from` is a keyword)."""
     return field(default=default, metadata={"help": description} | ({"name": name} if name else {}))
 
@@ -102,9 +103,11 @@ class RecipeSettings(SharedSettings):
 
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
-    avg_bits: float = _setting(0.0, "Plan the bits by sensitivity, at most so many on average; 0 = by role.")
-    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
-    plan_by: str = _setting("layer", "What has bits of its own in a plan: each layer, or each output channel.")
+    avg_bits: float | None = _setting(
+        None, "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best."
+    )
+    plan_bits: str = _setting("", "Bits that a plan chooses from, as in 4,8; empty = the recipe's: 3,4,5,6,8.")
+    plan_by: str = _setting("", "What has bits of its own in a plan, layer or channel; empty = the recipe's: channel.")
     placement: str = _setting(
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
     )
@@ -117,11 +120,8 @@ class RecipeSettings(SharedSettings):
         for name, known in VARIANTS.items():
             value = getattr(self, name)
             _require(value in known, f"{name}={value}: unknown {name}; use {' or '.join(known)}")
-        _require_plan_by(self.plan_by)
-        _require(
-            self.plan_by == "layer" or self.avg_bits > 0,
-            f"plan_by={self.plan_by}: there is no budget to plan for; give avg_bits",
-        )
+        if self.plan_by:
+            _require_plan_by(self.plan_by)
 
     def variant_values(self) -> dict[str, str]:
         """The choices that make the variant of the file, by name."""
@@ -137,22 +137,52 @@ class PtqSettings(RecipeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         scheme = parse_mode(self.mode)
-        parse_recipe(self.recipe)
-        choices = parse_plan_bits(self.plan_bits)
-        _require(not (self.plan and self.avg_bits), f"avg_bits={self.avg_bits}: the plan has its own bits; give one")
-        if self.plan:
+        for name, value in self.own_bits.items():
             _require(
-                scheme.weight_bits < 8,
-                f"plan={self.plan}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
+                scheme.weight_bits < 8, f"{name}={value}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
             )
-        if self.avg_bits:
-            _require_budget(self.avg_bits, choices, scheme)
+            _require(not self.plan or name == "plan", f"{name}={value}: the plan has its own bits; give one")
+        planned = self.chosen_recipe().plan is not None
+        for name in ("plan_bits", "plan_by"):
+            value = self.own_bits.get(name)
+            _require(planned or not value, f"{name}={value}: there is no budget to plan for; give avg_bits")
         self._require_variant(scheme)
 
     @property
     def scheme_name(self) -> str:
         """The mode as runs are tagged with it."""
         return parse_mode(self.mode).name
+
+    @property
+    def own_bits(self) -> dict[str, object]:
+        """The settings given of those that say what bits weights have, by name."""
+        named: dict[str, object] = {name: getattr(self, name) for name in ("plan", "avg_bits", "plan_bits", "plan_by")}
+        return {name: value for name, value in named.items() if value}
+
+    def chosen_recipe(self) -> Recipe:
+        """The recipe as mode, variant and these settings' bits make it.
+
+        Raises:
+            UsageError: there is no such recipe, or no plan has so few or so many bits.
+        """
+        recipe = parse_recipe(self.recipe)
+        return recipe_for(self.variant_values(), recipe.with_plan(self._plan_step(recipe)))
+
+    def _plan_step(self, recipe: Recipe) -> PlanBits | None:
+        """The recipe's own step to plan bits, changed by what was given; None where bits go by role, or are given.
+
+        INT4 is for the smallest file, which a plan makes larger: our own recipes have bits by role there.
+        """
+        if self.plan or self.avg_bits == 0 or parse_mode(self.mode).weight_bits == 8:
+            return None
+        usual = None if self.weight_storage == "int4" and self.recipe in RECIPES else recipe.plan
+        if usual is None and self.avg_bits is None:
+            return None
+        usual = usual or PlanBits()
+        bits = parse_plan_bits(self.plan_bits) if self.plan_bits else usual.bits
+        average = usual.average if self.avg_bits is None else self.avg_bits
+        _require_budget(average, bits)
+        return PlanBits(average, bits, self.plan_by or usual.by)
 
     @property
     def kind(self) -> str:
@@ -204,10 +234,8 @@ class QatSettings(PtqSettings):
         for name in ("lr0", "lr0_scales"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")
-        own = bool(self.plan or self.avg_bits)
-        _require(
-            not (self.from_run and own), f"from_run={self.from_run}: it has its own bits; leave plan, avg_bits out"
-        )
+        given = ", ".join(self.own_bits)
+        _require(not (self.from_run and given), f"from_run={self.from_run}: it has its own bits; leave {given} out")
 
     @property
     def ptq(self) -> PtqSettings:
@@ -265,7 +293,7 @@ class CompareSettings(RecipeSettings):
         scheme = parse_mode(mode)
         not_for_it: dict[str, Any] = {}
         if scheme.weight_bits == 8:
-            not_for_it |= {"plan": "", "avg_bits": 0.0, "plan_by": "layer", "weight_storage": "int8"}
+            not_for_it |= {"plan": "", "avg_bits": None, "plan_bits": "", "plan_by": "", "weight_storage": "int8"}
         if scheme.activation_bits is None:
             not_for_it |= {"placement": "inputs"}
         return PtqSettings(**self._values_of(RecipeSettings) | not_for_it, mode=mode)
@@ -291,7 +319,10 @@ class SensitivitySettings(SharedSettings):
         scheme = parse_mode(self.mode)
         known = ", ".join(MEASURES)
         _require(self.measure in MEASURES, f"measure={self.measure}: unknown measure; use one of {known}")
-        _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits), scheme)
+        _require(
+            scheme.weight_bits < 8, f"mode={self.mode}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
+        )
+        _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits))
         _require_plan_by(self.plan_by)
         _require(
             self.plan_by == "layer" or self.measure == "gradient",
@@ -424,6 +455,8 @@ def default_texts(settings_type: type[object]) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -450,17 +483,16 @@ def _require_plan_by(plan_by: str) -> None:
     _require(plan_by in PLANNED_BY, f"plan_by={plan_by}: unknown; use {' or '.join(PLANNED_BY)}")
 
 
-def _require_budget(avg_bits: float, choices: tuple[int, ...], scheme: Scheme) -> None:
-    _require(
-        scheme.weight_bits < 8, f"avg_bits={avg_bits}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
-    )
+def _require_budget(avg_bits: float, choices: tuple[int, ...]) -> None:
     low, high = choices[0], choices[-1]
     _require(low <= avg_bits <= high, f"avg_bits={avg_bits}: must lie between {low} and {high}")
 
 
-def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
-    text = text.strip()
-    if kind is float:
+def _convert(name: str, text: str, kind: object) -> str | int | float | bool | None:
+    text = "" if text.strip() in ("''", '""') else text.strip()
+    if kind == float | None and not text:
+        return None
+    if kind in (float, float | None):
         try:
             return float(text)
         except ValueError:
@@ -473,7 +505,7 @@ def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
     if kind is bool:
         _require(text.lower() in TRUTH, f"{name}={text}: use true or false")
         return TRUTH[text.lower()]
-    return "" if text in ("''", '""') else text
+    return text
 
 
 def _require(holds: bool, message: str) -> None:

@@ -20,7 +20,19 @@ CASES = {
     "budget": (("--avg-bits", "2.5"), 2, "avg_bits=2.5: must lie between 3 and 8"),
     "plan bits": (("--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
     "plan by": (("--plan-by", "group"), 2, "plan_by=group: unknown; use layer or channel"),
-    "plan by without budget": (("--plan-by", "channel"), 2, "plan_by=channel: there is no budget to plan for"),
+    "plan by without budget": (
+        ("--plan-by", "channel", "--recipe", "fast"),
+        2,
+        "plan_by=channel: there is no budget to plan for; give avg_bits",
+    ),
+    "plan bits by role": (("--plan-bits", "4,8", "--avg-bits", "0"), 2, "plan_bits=4,8: there is no budget to plan"),
+    "budget of the bits": (("--plan-bits", "5,8"), 2, "avg_bits=4.5: must lie between 5 and 8"),
+    "budget of 8 bits": (("--avg-bits", "4.5", "--mode", "w8a8"), 2, "avg_bits=4.5: w8a8 has 8-bit weights throughout"),
+    "plan and budget": (
+        ("--plan", "plan.json", "--plan-by", "layer"),
+        2,
+        "plan_by=layer: the plan has its own bits; give one",
+    ),
     "budget text": (("--avg-bits", "few"), 2, "avg_bits=few: not a number"),
     "plan of 4 bits": (
         ("--plan", "plan.json", "--mode", "w8a8"),

@@ -45,6 +45,7 @@ from quantrack.quantization.layers import (
     weight_range,
     weight_scale,
 )
+from quantrack.quantization.plan_bits import PlanBits
 from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
@@ -52,9 +53,9 @@ from quantrack.quantization.sensitivity import (
     LayerTrials,
     kept_sensitivity,
     plan_bits,
-    plan_job,
 )
 from quantrack.quantization.state import model_of_state, model_state
+from quantrack.quantization.step_cache import save_step, step_keys
 from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_layers, trainable_twin
 from quantrack.quantization.weight_scales import MseWeightScales
 from quantrack.schemes import parse_mode
@@ -301,14 +302,9 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     job: QuantizationJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trials = LayerTrials(bits=(4, 8), gptq_images=4)
-    rows = kept_sensitivity(job, trials).rows
-    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials).rows == rows
+    rows = kept_sensitivity(job, trials)
+    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials) == rows
     assert "from the cache" in capsys.readouterr().err
-    again = replace(job)
-    report = plan_job(again, trials, 4.5, "layer")
-    assert report.cached
-    assert report.seconds > 0
-    assert again.plan == plan_bits(job, rows, 4.5)
     assert len(rows) == SMALL_LAYERS  # every convolution but DFL's
     assert sum(row.errors[4] for row in rows) > sum(row.errors[8] for row in rows)
     plan = plan_bits(job, rows, 4.5)
@@ -322,6 +318,29 @@ def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     assert {n: weight_bits(layer) for n, layer in quantized_layers(naive.model).items()} == plan.bits
 
 
+def test_a_planned_recipe_is_found_with_its_plan(job: QuantizationJob) -> None:
+    steps = (PlanBits(average=4.4, bits=(4, 8)), *CALIBRATED)
+    first = replace(job, model=copy.deepcopy(job.float_model))
+    reports = apply_recipe(first, steps)
+    assert not reports[0].cached
+    assert reports[0].figures["planned_error"] > 0
+    assert first.plan == plan_bits(job, kept_sensitivity(job, LayerTrials(bits=(4, 8))), 4.4, "channel")
+    assert 4.3 < average_weight_bits(first.model) <= 4.4
+    save_step(step_keys(job, steps)[-1], first, reports)  # they took too little time to be kept by themselves
+    again = replace(job, model=copy.deepcopy(job.float_model))
+    assert all(report.cached for report in apply_recipe(again, steps))
+    assert again.plan == first.plan
+    assert average_weight_bits(again.model) == average_weight_bits(first.model)
+
+
+def test_a_plan_is_of_few_bits_and_comes_before_quantizers(job: QuantizationJob) -> None:
+    of_eight = replace(job, model=copy.deepcopy(job.float_model), scheme=parse_mode("w8a8"))
+    assert PlanBits().apply(of_eight) == {}
+    assert of_eight.plan is None
+    with pytest.raises(UsageError, match="make it the first step"):
+        apply_recipe(replace(job, model=copy.deepcopy(job.float_model)), (InsertQuantizers(), PlanBits()))
+
+
 def test_a_plan_and_gptq_count_their_walk_once(
     job: QuantizationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,8 +349,8 @@ def test_a_plan_and_gptq_count_their_walk_once(
     def seconds() -> tuple[float, float]:
         """Of planning, and of GPTQ, in a run of their own."""
         own = replace(job, model=copy.deepcopy(job.float_model), kept_time=KeptTime())
-        plan = plan_job(own, LayerTrials(bits=(4, 8)), 4.5, "layer").seconds
-        return plan, apply_recipe(own, (InsertQuantizers(), MseWeightScales(), Gptq()))[-1].seconds
+        reports = apply_recipe(own, (PlanBits(bits=(4, 8)), InsertQuantizers(), MseWeightScales(), Gptq()))
+        return reports[0].seconds, reports[-1].seconds
 
     assert max(seconds()) < 100
     (kept,) = (tmp_path / "curvatures").glob("*/kept.json")  # one walk served both; as if it had taken longer
@@ -346,7 +365,7 @@ def test_a_plan_and_gptq_count_their_walk_once(
 
 
 def test_channels_keep_to_bits_of_their_own(job: QuantizationJob) -> None:
-    rows = kept_sensitivity(job, LayerTrials(bits=(4, 8), gptq_images=4)).rows
+    rows = kept_sensitivity(job, LayerTrials(bits=(4, 8), gptq_images=4))
     plan = plan_bits(job, rows, 4.5, "channel")
     by_layer = plan_bits(job, rows, 4.5)
     weights = sum(row.weights for row in rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import DEFAULT_BY_ROLE
 
 from quantrack.detector.environment import cache_folder
 from quantrack.quantization.apply import apply_recipe
@@ -16,7 +17,6 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
-from quantrack.quantization.recipe import RECIPES
 from quantrack.quantization.step_cache import forget_oldest
 
 MakeJob = Callable[[str], QuantizationJob]
@@ -120,7 +120,7 @@ def test_a_broken_file_is_measured_again(make_job: MakeJob, cache: Path, damaged
 def test_kept_curvatures_give_the_same_weights(make_job: MakeJob) -> None:
     plain, keeping, finding = (replace(make_job("w4a8"), model_digest=digest) for digest in ("", "tiny", "tiny"))
     for job in (plain, keeping, finding):
-        apply_recipe(job, RECIPES["default"])
+        apply_recipe(job, DEFAULT_BY_ROLE)
     weights = [[layer.weight for layer in quantized_layers(job.model).values()] for job in (plain, keeping, finding)]
     for others in weights[1:]:
         assert all(torch.equal(one, other) for one, other in zip(weights[0], others, strict=True))
@@ -136,7 +136,7 @@ def took(cache: Path, seconds: float) -> None:
 def test_a_step_counts_the_time_that_was_kept(make_job: MakeJob, cache: Path) -> None:
     passes(known(make_job), Gptq().sampling)
     took(cache, 1000.0)
-    reports = apply_recipe(replace(make_job("w4a8"), model_digest="tiny"), RECIPES["default"])
+    reports = apply_recipe(replace(make_job("w4a8"), model_digest="tiny"), DEFAULT_BY_ROLE)
     assert [report.seconds > 1000 for report in reports] == [report.step == "Gptq" for report in reports]
 
 

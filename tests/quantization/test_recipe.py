@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import DEFAULT_BY_ROLE
 
 from quantrack.errors import UsageError
 from quantrack.quantization.apply import apply_recipe
@@ -26,7 +27,7 @@ def test_a_recipe_written_down_reads_as_the_same_steps(name: str, tmp_path: Path
 
 def test_the_strict_recipe_of_the_benchmarks_is_the_best_without_8_bits() -> None:
     strict = parse_recipe(str(Path(__file__).parents[2] / "benchmarks/recipes/strict.yaml"))
-    assert strict.steps == (InsertQuantizers(roles_at_8_bits=()), *RECIPES["best"][1:])
+    assert strict.steps == (InsertQuantizers(roles_at_8_bits=()), *RECIPES["best"][2:])
 
 
 def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
@@ -41,12 +42,15 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("steps: [sharpen]", "sharpen: unknown step; use one of insert_quantizers"),
+        ("steps: [sharpen]", "sharpen: unknown step; use one of plan_bits, insert_quantizers"),
         ("steps: [{gptq: {dampening: 1}}]", "gptq: no setting dampening; it has positions, importance_share"),
         ("steps: [{gptq: {damping: much}}]", "gptq: damping: 'much': must be a number"),
         ("steps: [{gptq: {positions: true}}]", "gptq: positions: True: must be a whole number"),
         ("steps: [{gptq: {damping: 2.0}}]", "gptq: .*damping in 0..1"),
         ("steps: [{insert_quantizers: {float_roles: [neck]}}]", "neck: unknown role; use first, dfl"),
+        ("steps: [{plan_bits: {bits: [4, 16]}}]", "plan_bits: .*give at least two of 2 to 8"),
+        ("steps: [{plan_bits: {average: 3.5, bits: [4, 8]}}]", "plan_bits: average=3.5: must lie between 4 and 8"),
+        ("steps: [{plan_bits: {by: group}}]", "plan_bits: by=group: unknown; use layer or channel"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),
         ("gptq", "must hold just `steps:`"),
@@ -69,7 +73,7 @@ def test_a_missing_recipe_file() -> None:
 
 def test_a_kept_step_is_restored_and_a_changed_one_is_not(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantrack.quantization.apply.WORTH_SECONDS", 0.0)
-    steps = RECIPES["default"]
+    steps = DEFAULT_BY_ROLE
     first, again, other = make_job("w4a8"), make_job("w4a8"), make_job("w4a8")
     told: list[str] = []
     apply_recipe(first, steps, lambda place, report: told.append(f"{place} {report.step}"))

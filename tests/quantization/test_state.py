@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import DEFAULT_BY_ROLE
 
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import QuantizationJob
@@ -18,7 +19,7 @@ MakeJob = Callable[[str], QuantizationJob]
 def test_loading_keeps_the_quantizers_where_they_are(make_job: MakeJob) -> None:
     """Made anew they would lie on the CPU, beside a model on a GPU, and want gradients."""
     first, other = make_job("w4a8"), make_job("w4a8")
-    apply_recipe(first, RECIPES["default"])
+    apply_recipe(first, DEFAULT_BY_ROLE)
     apply_recipe(other, RECIPES["fast"])
     before = dict(other.model.named_parameters())
     load_weights(other.model, first.model.state_dict())
@@ -39,7 +40,7 @@ def test_a_state_read_for_a_model_on_a_gpu_lies_there(
     jobs = [make_job("w4a8"), make_job("w4a8")]
     jobs = [replace(job, model=job.model.to(gpu), float_model=job.float_model.to(gpu), device=gpu) for job in jobs]
     for job in jobs:
-        reports = apply_recipe(job, RECIPES["default"])
+        reports = apply_recipe(job, DEFAULT_BY_ROLE)
     assert all(report.cached for report in reports)
     save_quantized(tmp_path / "state.pt", jobs[1].model)
     read = read_quantized(tmp_path / "state.pt", jobs[1].float_model)

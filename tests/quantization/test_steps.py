@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from brevitas.core.function_wrapper import TensorClamp
+from recipes import DEFAULT_BY_ROLE
 
 from quantrack.errors import UsageError
 from quantrack.quantization import coordinate_descent
@@ -34,7 +35,7 @@ from quantrack.quantization.layers import (
     weight_scale,
 )
 from quantrack.quantization.observe import ObserveActivations
-from quantrack.quantization.recipe import RECIPES, parse_recipe
+from quantrack.quantization.recipe import parse_recipe
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
 
 MakeJob = Callable[[str], QuantizationJob]
@@ -73,7 +74,7 @@ def test_a16_keeps_activations_float(make_job: MakeJob, mode: str, quantized: bo
 def test_float_model_is_left_alone(make_job: MakeJob) -> None:
     job = make_job("w4a8")
     before = {name: value.clone() for name, value in job.float_model.state_dict().items()}
-    apply_recipe(job, RECIPES["default"])
+    apply_recipe(job, DEFAULT_BY_ROLE)
     for name, value in job.float_model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -278,7 +279,7 @@ def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:
 def test_same_seed_same_weights(make_job: MakeJob) -> None:
     first, second = make_job("w4a8"), make_job("w4a8")
     for job in (first, second):
-        apply_recipe(job, RECIPES["default"])
+        apply_recipe(job, DEFAULT_BY_ROLE)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
 

@@ -24,6 +24,7 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import Step
 from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.plan_bits import PlanBits
 from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
@@ -31,6 +32,7 @@ from quantrack.schemes import one_scale_for
 
 # What a recipe file may name.
 STEPS: dict[str, type[Step]] = {
+    "plan_bits": PlanBits,
     "insert_quantizers": InsertQuantizers,
     "observe_activations": ObserveActivations,
     "channel_equalization": ChannelEqualization,
@@ -67,6 +69,18 @@ class Recipe:
         listed = [{step_name(step): {key: _plain(value) for key, value in asdict(step).items()}} for step in self.steps]  # type: ignore[call-overload]
         return yaml.safe_dump({"steps": listed}, sort_keys=False)
 
+    @property
+    def plan(self) -> PlanBits | None:
+        """Its step that plans bits; None where they go by role."""
+        return next((step for step in self.steps if isinstance(step, PlanBits)), None)
+
+    def with_plan(self, plan: PlanBits | None) -> Recipe:
+        """The same steps with this one to plan bits, or with none."""
+        if plan == self.plan:
+            return self
+        others = tuple(step for step in self.steps if not isinstance(step, PlanBits))
+        return replace(self, steps=others if plan is None else (plan, *others))
+
 
 RECIPES: dict[str, tuple[Step, ...]] = {
     # What quantization without care gives: every convolution, DFL's included, by its range.
@@ -77,8 +91,8 @@ RECIPES: dict[str, tuple[Step, ...]] = {
         MinMaxActivationRanges(),
     ),
     "fast": (*CALIBRATED, BiasCorrection()),
-    "default": (*CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
-    "best": (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, output_sweeps=2), BiasCorrection()),
+    "default": (PlanBits(), *CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
+    "best": (PlanBits(), *CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, output_sweeps=2), BiasCorrection()),
 }
 
 

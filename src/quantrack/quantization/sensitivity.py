@@ -29,7 +29,7 @@ from quantrack.quantization.curvature import float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
-from quantrack.quantization.job import QuantizationJob, StepReport, first_pictures
+from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import effective_weight, quantized_layers
 from quantrack.quantization.step_cache import kept_path, step_keys
@@ -111,17 +111,8 @@ class LayerSensitivity:
         return sum(self.channel_errors[each][channel] for channel, each in enumerate(bits))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The table, and the seconds that measuring it took; `cached` if an earlier run did it."""
-
-    rows: tuple[LayerSensitivity, ...]
-    seconds: float
-    cached: bool
-
-
-def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
-    """As `measure_sensitivity`, measured once for the same model, pictures, settings and code.
+def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+    """The table, measured once for the same model, pictures, settings and code.
 
     Activations do not enter it, so w4a8 and w4a16 share what is kept.
     """
@@ -129,24 +120,34 @@ def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> Measured:
     path = kept_path(f"{key}.json", "sensitivity")
     if path.is_file():
         try:
-            kept, parts = _read(path)
+            kept = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
-            for part in parts:  # in the seconds of the table
+            job.kept_time.count(key, kept.seconds)
+            for part in kept.counted:  # in the seconds of the table
                 job.kept_time.count(part, 0.0)
-            return kept
+            return kept.rows
     began, before, counted = time.perf_counter(), job.kept_time.seconds, set(job.kept_time.counted)
     rows = _table(job, settings)
     seconds = time.perf_counter() - began + job.kept_time.seconds - before
     records = [asdict(row) | {"role": row.role.value} for row in rows]
     write_json(path, {"seconds": seconds, "counted": sorted(job.kept_time.counted - counted), "rows": records})
-    return Measured(rows, seconds, cached=False)
+    job.kept_time.count(key, 0.0)
+    return rows
 
 
-def _read(path: Path) -> tuple[Measured, list[str]]:
-    """A kept table, and the keys of what its seconds count that steps may find kept as well."""
+@dataclass(frozen=True)
+class _Kept:
+    """A kept table, the seconds that it took, and the keys of what these count that steps may find kept as well."""
+
+    rows: tuple[LayerSensitivity, ...]
+    seconds: float
+    counted: tuple[str, ...]
+
+
+def _read(path: Path) -> _Kept:
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         LayerSensitivity(
@@ -158,17 +159,7 @@ def _read(path: Path) -> tuple[Measured, list[str]]:
         )
         for row in kept["rows"]
     ]
-    return Measured(tuple(rows), kept["seconds"], cached=True), kept["counted"]
-
-
-def plan_job(job: QuantizationJob, settings: LayerTrials, average_bits: float, plan_by: str) -> StepReport:
-    """Give the job the plan of least error under a budget; reported as a step, as it takes a step's time."""
-    measured = kept_sensitivity(job, settings)
-    began = time.perf_counter()
-    job.plan = plan_bits(job, measured.rows, average_bits, plan_by)
-    seconds = measured.seconds + time.perf_counter() - began
-    planned = sum(row.planned_error(job.plan.bits[row.name]) for row in measured.rows)
-    return StepReport("Sensitivity", seconds, {"planned_error": planned}, measured.cached)
+    return _Kept(tuple(rows), kept["seconds"], tuple(kept["counted"]))
 
 
 def _table(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:

@@ -19,6 +19,7 @@ import torch
 from quantrack.detector.environment import cache_folder
 from quantrack.files import atomic_path, combined_digest, file_digest
 from quantrack.progress import say
+from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob, StepReport
 from quantrack.quantization.state import DAMAGED, model_of_state, model_state
 
@@ -60,6 +61,7 @@ def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> 
         "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
         "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
         "counted": sorted(job.kept_time.counted),
+        "plan": None if job.plan is None else dict(job.plan.bits),
     }
     path = _path(key)
     with atomic_path(path) as temporary:
@@ -80,11 +82,12 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
             for name, seen in state["statistics"].items()
         }
         reports = [StepReport(*report) for report in state["reports"]]
+        plan = None if state["plan"] is None else BitPlan(job.model_digest, state["plan"])
     except DAMAGED as error:
         say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")
         path.unlink(missing_ok=True)
         return None
-    job.model, job.statistics = model, statistics
+    job.model, job.statistics, job.plan = model, statistics, plan
     for key_of_part in state["counted"]:  # in the reports' seconds
         job.kept_time.count(key_of_part, 0.0)
     path.touch()

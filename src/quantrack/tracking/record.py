@@ -12,7 +12,6 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
 from quantrack.files import combined_digest, file_digest
-from quantrack.quantization.recipe import parse_recipe
 from quantrack.runtime.session import resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
@@ -42,7 +41,7 @@ def run_digest(
     parts += [calibration.digest if calibration else "", provider, device_name(provider)]
     parts += [str(resolve_device(settings.device))]
     if isinstance(settings, PtqSettings):
-        recipe = parse_recipe(settings.recipe)
+        recipe = settings.chosen_recipe()
         parts += [parse_mode(settings.mode).name, recipe.name, recipe.text()]
         parts += [repr(fetch_plan(settings.plan).record())] if settings.plan else []
     parts += [repr(sorted(installed_versions().items()))]

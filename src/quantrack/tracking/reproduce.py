@@ -68,7 +68,7 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
 
 def _from_the_same_start(run: Run, texts: Mapping[str, str]) -> dict[str, str]:
     """Training starts again from the same PTQ run, which is not done again; its recipe and bits come with it."""
-    of_the_start = {"recipe", "plan", "avg_bits", "plan_by", "resume"}
+    of_the_start = {"recipe", "plan", "avg_bits", "plan_bits", "plan_by", "resume"}
     return {name: text for name, text in texts.items() if name not in of_the_start} | {
         "from_run": run.data.tags[START_TAG]
     }

@@ -1,0 +1,42 @@
+"""Step: plan the bits of weights under a budget, by what each layer or output channel costs (`sensitivity`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantrack.errors import UsageError
+from quantrack.quantization.bit_plan import PLANNED_BY
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
+
+
+@dataclass(frozen=True)
+class PlanBits:
+    """The plan of least estimated error with at most `average` bits a weight, chosen from `bits`.
+
+    It decides in the place of roles, so it comes before the quantizers. `by` is `layer`, or `channel` for bits of each
+    output channel. Weights of 8 bits need no plan: nothing is done then.
+    """
+
+    average: float = 4.5
+    bits: tuple[int, ...] = (3, 4, 5, 6, 8)
+    by: str = "channel"
+
+    def __post_init__(self) -> None:
+        LayerTrials(bits=self.bits)
+        low, high = min(self.bits), max(self.bits)
+        if not low <= self.average <= high:
+            raise UsageError(f"average={self.average}: must lie between {low} and {high}")
+        if self.by not in PLANNED_BY:
+            raise UsageError(f"by={self.by}: unknown; use {' or '.join(PLANNED_BY)}")
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        if job.scheme.weight_bits == 8:
+            return {}
+        if quantized_layers(job.model):
+            raise UsageError("plan_bits: quantizers that have their bits are there already; make it the first step")
+        rows = kept_sensitivity(job, LayerTrials(bits=self.bits))
+        job.plan = plan_bits(job, rows, self.average, self.by)
+        return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}

@@ -196,8 +196,7 @@ def test_range_search_tries_only_layers_that_cost_much(job: QuantizationJob) -> 
     ranges = {name: range_of(layer) for name, layer in quantized_layers(job.model).items()}
     shrinks = (0.5, 0.1)
     everything = ActivationRangeSearch(least_share=0.0, shrinks=shrinks, images=2).errors(job, ranges)
-    # a picture lies on its quantizer's grid: on some processors it costs nothing at all
-    assert ranges.keys() - everything.keys() <= {next(iter(ranges))}
+    assert len(everything) == SMALL_LAYERS
     total = sum(tried[1.0] for tried in everything.values())  # on the pictures that the first look takes, too
     found = ActivationRangeSearch(least_share=0.03, shrinks=shrinks, images=2).errors(job, ranges)
     assert list(found) == [name for name, tried in everything.items() if tried[1.0] > 0.03 * total]

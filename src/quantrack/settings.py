@@ -106,7 +106,7 @@ class RecipeSettings(SharedSettings):
     avg_bits: float | None = _setting(
         None, "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best."
     )
-    plan_bits: str = _setting("", "Bits that a plan chooses from, as in 4,8; empty = the recipe's: 3,4,5,6,8.")
+    plan_bits: str = _setting("", "Bits that a plan chooses from, as in 4,7; empty = the recipe's: 3,4,5,6,7.")
     plan_by: str = _setting("", "What has bits of its own in a plan, layer or channel; empty = the recipe's: channel.")
     placement: str = _setting(
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
@@ -308,7 +308,7 @@ class SensitivitySettings(SharedSettings):
 
     mode: str = _setting("w4a8", "w4a8 or w4a16.")
     avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
-    plan_bits: str = _setting("3,4,5,6,8", "Bits that a plan chooses from; 4,8 where only INT4 and INT8 are stored.")
+    plan_bits: str = _setting("3,4,5,6,7", "Bits that a plan chooses from; 4,7 where only INT4 and INT8 are stored.")
     plan_by: str = _setting("layer", "What has bits of its own in the plan: each layer, or each output channel.")
     measure: str = _setting(
         "gradient", "gradient or output (calibration pictures), or mAP (evaluation pictures, slow)."
@@ -471,7 +471,7 @@ def parse_plan_bits(text: str) -> tuple[int, ...]:
     """
     parts = {part.strip() for part in text.split(",")}
     known = {str(bits) for bits in BIT_RANGE}
-    _require(len(parts) > 1 and parts <= known, f"plan_bits={text}: give at least two of 2 to 8, as in 4,8")
+    _require(len(parts) > 1 and parts <= known, f"plan_bits={text}: give at least two of 2 to 8, as in 4,7")
     return tuple(sorted(int(part) for part in parts))
 
 

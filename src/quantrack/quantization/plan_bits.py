@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantrack.errors import UsageError
-from quantrack.quantization.bit_plan import PLANNED_BY
+from quantrack.quantization.bit_plan import OFFERED_BITS, PLANNED_BY
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
 from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
@@ -21,7 +21,7 @@ class PlanBits:
     """
 
     average: float = 4.5
-    bits: tuple[int, ...] = (3, 4, 5, 6, 8)
+    bits: tuple[int, ...] = OFFERED_BITS
     by: str = "channel"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
-from quantrack.quantization.bit_plan import BIT_RANGE, BitPlan, LayerBits, LayerCost, solve_bits
+from quantrack.quantization.bit_plan import BIT_RANGE, OFFERED_BITS, BitPlan, LayerBits, LayerCost, solve_bits
 from quantrack.quantization.curvature import float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
@@ -50,7 +50,7 @@ class LayerTrials:
     `measure` is `gradient`, or `output` for trials on the first `images` calibration pictures.
     """
 
-    bits: tuple[int, ...] = (3, 4, 5, 6, 8)
+    bits: tuple[int, ...] = OFFERED_BITS
     measure: str = "gradient"
     images: int = 32
     gptq_images: int = 100

@@ -44,7 +44,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
     else:
         rows = kept_sensitivity(job, LayerTrials(bits, settings.measure))
         unit = MEASURES[settings.measure]
-    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.plan_by), unit)
+    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.chosen_plan_by), unit)
 
 
 if __name__ == "__main__":

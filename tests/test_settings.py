@@ -24,12 +24,15 @@ def test_each_mode_of_a_comparison_gets_what_its_bits_have_a_use_for():
         ({"avg_bits": 4.1, "plan_bits": "8,4", "plan_by": "layer"}, PlanBits(4.1, (4, 8), "layer")),
         ({"plan_by": "layer"}, PlanBits(by="layer")),
         ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
-        ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25)),
+        ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer")),  # the smallest file
+        ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer")),
+        ({"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"}, PlanBits(None, (4, 8), "channel")),
+        ({"weight_storage": "int4", "avg_bits": 0.0}, None),
         ({"avg_bits": 0.0}, None),
         ({"plan": "plan.json"}, None),
         ({"recipe": "fast"}, None),
         ({"recipe": "naive"}, None),
-        ({"weight_storage": "int4"}, None),  # by role: the smallest file
+        ({"weight_storage": "int4", "recipe": "fast"}, None),
         ({"mode": "w8a8"}, None),
     ],
 )

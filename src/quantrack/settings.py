@@ -17,7 +17,7 @@ from quantrack.comparison.gates import MORE_IS_BETTER, Limits
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
-from quantrack.quantization.plan_bits import PlanBits
+from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
 from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe, recipe_for
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
@@ -104,10 +104,16 @@ class RecipeSettings(SharedSettings):
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
     plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float | None = _setting(
-        None, "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best."
+        None,
+        "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best (for "
+        "weight_storage=int4 as many as by role).",
     )
-    plan_bits: str = _setting("", "Bits that a plan chooses from, as in 4,7; empty = the recipe's: 3,4,5,6,7.")
-    plan_by: str = _setting("", "What has bits of its own in a plan, layer or channel; empty = the recipe's: channel.")
+    plan_bits: str = _setting(
+        "", "Bits that a plan chooses from; empty = the recipe's: 3,4,5,6,7 (4,7 for weight_storage=int4)."
+    )
+    plan_by: str = _setting(
+        "", "What has bits of its own in a plan; empty = the recipe's: channel (layer for weight_storage=int4)."
+    )
     placement: str = _setting(
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
     )
@@ -169,19 +175,17 @@ class PtqSettings(RecipeSettings):
         return recipe_for(self.variant_values(), recipe.with_plan(self._plan_step(recipe)))
 
     def _plan_step(self, recipe: Recipe) -> PlanBits | None:
-        """The recipe's own step to plan bits, changed by what was given; None where bits go by role, or are given.
-
-        INT4 is for the smallest file, which a plan makes larger: our own recipes have bits by role there.
-        """
+        """The recipe's own step to plan bits, changed by what was given; None where bits go by role, or are given."""
         if self.plan or self.avg_bits == 0 or parse_mode(self.mode).weight_bits == 8:
             return None
-        usual = None if self.weight_storage == "int4" and self.recipe in RECIPES else recipe.plan
-        if usual is None and self.avg_bits is None:
+        if recipe.plan is None and self.avg_bits is None:
             return None
-        usual = usual or PlanBits()
+        for_int4 = self.weight_storage == "int4" and self.recipe in RECIPES
+        usual = FOR_INT4 if for_int4 else recipe.plan or PlanBits()
         bits = parse_plan_bits(self.plan_bits) if self.plan_bits else usual.bits
         average = usual.average if self.avg_bits is None else self.avg_bits
-        _require_budget(average, bits)
+        if average is not None:
+            _require_budget(average, bits)
         return PlanBits(average, bits, self.plan_by or usual.by)
 
     @property
@@ -309,7 +313,9 @@ class SensitivitySettings(SharedSettings):
     mode: str = _setting("w4a8", "w4a8 or w4a16.")
     avg_bits: float = _setting(4.5, "Average weight bits that the plan may use.")
     plan_bits: str = _setting("3,4,5,6,7", "Bits that a plan chooses from; 4,7 where only INT4 and INT8 are stored.")
-    plan_by: str = _setting("layer", "What has bits of its own in the plan: each layer, or each output channel.")
+    plan_by: str = _setting(
+        "", "What has bits of its own in the plan, layer or channel; empty = channel where the measure tells of them."
+    )
     measure: str = _setting(
         "gradient", "gradient or output (calibration pictures), or mAP (evaluation pictures, slow)."
     )
@@ -323,11 +329,17 @@ class SensitivitySettings(SharedSettings):
             scheme.weight_bits < 8, f"mode={self.mode}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
         )
         _require_budget(self.avg_bits, parse_plan_bits(self.plan_bits))
-        _require_plan_by(self.plan_by)
+        if self.plan_by:
+            _require_plan_by(self.plan_by)
         _require(
-            self.plan_by == "layer" or self.measure == "gradient",
+            self.plan_by != "channel" or self.measure == "gradient",
             f"plan_by={self.plan_by}: measure={self.measure} tells nothing of channels; use measure=gradient",
         )
+
+    @property
+    def chosen_plan_by(self) -> str:
+        """`plan_by`, or what it is where nothing is given."""
+        return self.plan_by or ("channel" if self.measure == "gradient" else "layer")
 
 
 @dataclass(frozen=True)

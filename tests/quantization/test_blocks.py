@@ -33,7 +33,7 @@ from quantrack.quantization.divergence import detection_divergence, divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
-from quantrack.quantization.insert import InsertQuantizers, average_weight_bits
+from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import KeptTime, QuantizationJob, first_pictures, new_job
 from quantrack.quantization.layers import (
     activation_quantization,
@@ -45,7 +45,7 @@ from quantrack.quantization.layers import (
     weight_range,
     weight_scale,
 )
-from quantrack.quantization.plan_bits import PlanBits
+from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
 from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
@@ -331,6 +331,15 @@ def test_a_planned_recipe_is_found_with_its_plan(job: QuantizationJob) -> None:
     assert all(report.cached for report in apply_recipe(again, steps))
     assert again.plan == first.plan
     assert average_weight_bits(again.model) == average_weight_bits(first.model)
+
+
+def test_a_plan_for_int4_stores_no_more_than_bits_by_role(job: QuantizationJob) -> None:
+    planned, by_role = (replace(job, model=copy.deepcopy(job.float_model)) for _ in range(2))
+    apply_recipe(planned, (FOR_INT4, InsertQuantizers()))
+    apply_recipe(by_role, (InsertQuantizers(),))
+    stored = average_stored_bits(by_role.model)
+    assert stored - 0.1 < average_stored_bits(planned.model) <= stored
+    assert {weight_bits(layer) for layer in quantized_layers(planned.model).values()} == {4, 7}
 
 
 def test_a_plan_is_of_few_bits_and_comes_before_quantizers(job: QuantizationJob) -> None:

@@ -12,6 +12,7 @@ from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.plan_bits import FOR_INT4
 from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe
 from quantrack.quantization.step_cache import restore_step, save_step, step_keys
 
@@ -39,6 +40,13 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
     assert gptq == Gptq(damping=1e-3)
 
 
+def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "int4.yaml"
+    path.write_text(Recipe("int4", (FOR_INT4,)).text())
+    assert "average: null" in path.read_text()
+    assert parse_recipe(str(path)).steps == (FOR_INT4,)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -50,6 +58,8 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
         ("steps: [{insert_quantizers: {float_roles: [neck]}}]", "neck: unknown role; use first, dfl"),
         ("steps: [{plan_bits: {bits: [4, 16]}}]", "plan_bits: .*give at least two of 2 to 8"),
         ("steps: [{plan_bits: {average: 3.5, bits: [4, 8]}}]", "plan_bits: average=3.5: must lie between 4 and 8"),
+        ("steps: [{plan_bits: {average: few}}]", "plan_bits: average: 'few': must be a number"),
+        ("steps: [{gptq: {damping: null}}]", "gptq: damping: None: must be a number"),
         ("steps: [{plan_bits: {by: group}}]", "plan_bits: by=group: unknown; use layer or channel"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import OFFERED_BITS, PLANNED_BY
+from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
-from quantrack.quantization.sensitivity import LayerTrials, kept_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerSensitivity, LayerTrials, kept_sensitivity, plan_bits
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,17 @@ class PlanBits:
     """The plan of least estimated error with at most `average` bits a weight, chosen from `bits`.
 
     It decides in the place of roles, so it comes before the quantizers. `by` is `layer`, or `channel` for bits of each
-    output channel. Weights of 8 bits need no plan: nothing is done then.
+    output channel. Without an `average` it is `average_by_role`. Weights of 8 bits need no plan: nothing is done then.
     """
 
-    average: float = 4.5
+    average: float | None = 4.5
     bits: tuple[int, ...] = OFFERED_BITS
     by: str = "channel"
 
     def __post_init__(self) -> None:
         LayerTrials(bits=self.bits)
         low, high = min(self.bits), max(self.bits)
-        if not low <= self.average <= high:
+        if self.average is not None and not low <= self.average <= high:
             raise UsageError(f"average={self.average}: must lie between {low} and {high}")
         if self.by not in PLANNED_BY:
             raise UsageError(f"by={self.by}: unknown; use {' or '.join(PLANNED_BY)}")
@@ -38,5 +39,18 @@ class PlanBits:
         if quantized_layers(job.model):
             raise UsageError("plan_bits: quantizers that have their bits are there already; make it the first step")
         rows = kept_sensitivity(job, LayerTrials(bits=self.bits))
-        job.plan = plan_bits(job, rows, self.average, self.by)
+        average = (
+            average_by_role(rows, job.scheme.weight_bits, max(self.bits)) if self.average is None else self.average
+        )
+        job.plan = plan_bits(job, rows, average, self.by)
         return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}
+
+
+FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer")
+"""For the smallest file: INT4 and INT8 store nothing else without waste, and it is as large as that of bits by role."""
+
+
+def average_by_role(rows: Sequence[LayerSensitivity], bits: int, most: int) -> float:
+    """The average of bits by role, with `most` in the place of 8: a plan of these two makes a file as large."""
+    kept = sum(row.weights for row in rows if row.role in InsertQuantizers.roles_at_8_bits)
+    return bits + (most - bits) * kept / sum(row.weights for row in rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
+from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import yaml
@@ -171,7 +172,11 @@ def _step(item: object, path: Path) -> Step:
 
 
 def _typed(value: object, kind: object, where: str) -> object:
-    """A YAML value as a setting's type: numbers, texts, and lists of roles."""
+    """A YAML value as a setting's type: numbers, texts, nothing where a setting may be left out, and lists of roles."""
+    if get_origin(kind) is UnionType:
+        kind = get_args(kind)[0]
+        if value is None:
+            return None
     if get_origin(kind) is tuple:
         item_kind = get_args(kind)[0]
         if not isinstance(value, list):

@@ -151,7 +151,7 @@ def markdown(metrics_by_name: dict[str, dict[str, float]]) -> str:
 
 def label(run: Run) -> str:
     """Mode, recipe, and what else of the run's parameters tells it from others."""
-    parameters = run.data.params
+    parameters = {name: "" if value == "''" else value for name, value in run.data.params.items()}  # MLflow's empty
     if run.data.tags["entry_point"] == "baseline":
         return f"{parameters['precision']}"
     words = [parameters["mode"].upper(), Path(parameters["recipe"]).stem]

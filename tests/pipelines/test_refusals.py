@@ -99,7 +99,7 @@ def test_no_gpu_where_one_is_required(shared_store: Path) -> None:
 def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", SMALL, "--data-root", "demo"],
+        [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", SMALL, "--data-root", "demo", "--avg-bits", "0"],
         cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None

@@ -9,7 +9,7 @@ from brevitas.core.function_wrapper import TensorClamp
 from recipes import DEFAULT_BY_ROLE
 
 from quantrack.errors import UsageError
-from quantrack.quantization import coordinate_descent
+from quantrack.quantization import coordinate_descent, sensitivity
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
@@ -28,6 +28,7 @@ from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     Clamp,
     activation_quantization,
+    effective_weight,
     fake_quantize,
     quantized_layers,
     set_activation_range,
@@ -36,6 +37,7 @@ from quantrack.quantization.layers import (
 )
 from quantrack.quantization.observe import ObserveActivations
 from quantrack.quantization.recipe import parse_recipe
+from quantrack.quantization.sensitivity import rounded_at
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
 
 MakeJob = Callable[[str], QuantizationJob]
@@ -261,6 +263,23 @@ def test_gptq_does_not_shrink_what_a_layer_answers(make_job: MakeJob, output_swe
             rounded = grouped(layer.quant_weight().value, layer.groups)
             whole = channel_products(weight, weight, curvature.centred)
             torch.testing.assert_close(channel_products(weight, rounded, curvature.centred), whole)
+
+
+@pytest.mark.parametrize("most", [sensitivity.MOST_TOGETHER, 1])
+def test_bits_that_are_rounded_together_are_as_the_step_rounds_each(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(sensitivity, "MOST_TOGETHER", most)
+    job = prepared(make_job("w4a16"))
+    layers = quantized_layers(job.model)
+    for by_name in float_curvatures(job, Gptq().sampling):
+        for name, curvature in by_name.items():
+            together = rounded_at(job.float_model.get_submodule(name), curvature, (3, 4, 7))
+            Gptq().round_layer(layers[name], curvature)
+            own = effective_weight(layers[name])
+            assert (torch.isclose(together[4], own, rtol=1e-4, atol=1e-6)).float().mean() > 0.98  # but for ties
+            errors = [float((together[bits] - own).abs().mean()) for bits in (3, 4, 7)]
+            assert errors[1] < 0.05 * min(errors[0], errors[2])
 
 
 def test_bias_correction_restores_each_layers_mean(make_job: MakeJob) -> None:

@@ -29,11 +29,11 @@ from quantrack.quantization.layers import (
     Bits,
     QuantizedConvolution,
     channel_bits,
-    clamp_integers,
     fake_quantize,
     quantized_layers,
     set_weight_scale,
     shaped,
+    weight_range,
     weight_scale,
 )
 
@@ -112,26 +112,37 @@ class Gptq:
         hessian = as_equalized(curvature.centred if self.centred else curvature.inputs, layer)
         weight = grouped(layer.weight.detach(), layer.groups)
         nearest = grouped(fake_quantize(layer.weight.detach(), scale, channel_bits(layer)), layer.groups)
-        factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
-        scales = scale.reshape(layer.groups, -1).repeat(1, len(self.scale_factors)) * factors
-        trials = weight.repeat(1, len(self.scale_factors), 1)
-        of_trials = bits.repeat(1, len(self.scale_factors)) if isinstance(bits, Tensor) else bits
-        rounded = self.round(trials, hessian, scales, of_trials)
-        rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
-        firm = damped(hessian, self.damping)
-        for _ in range(self.sweeps):
-            rounded, chosen = refined(weight, rounded, chosen, firm, bits)
-        if curvature.outputs is not None and layer.groups == 1:
-            outputs = towards_diagonal(curvature.outputs, self.output_share)
-            for _ in range(self.output_sweeps):
-                rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], outputs, shaped(bits, -1))[None]
-        if self.unshrunken:
-            gain = restoring_gain(weight, rounded, hessian)
-            rounded, chosen = rounded * gain[:, :, None], chosen * gain
+        outputs = curvature.outputs if layer.groups == 1 else None
+        rounded, chosen = self.rounded(weight, scale.reshape(layer.groups, -1), bits, hessian, outputs)
         errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
         set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
         return float(errors[0]), float(errors[1])
+
+    def rounded(
+        self, weight: Tensor, scale: Tensor, bits: Bits, hessian: Tensor, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [G, O/G, D] on grids of so many bits (each channel's own, [G, O/G]), and their scales [G, O/G].
+
+        `scale` is where the choice of scales starts from. Without the covariance of `outputs` [O, O], of one group,
+        each output channel is rounded for itself.
+        """
+        count = len(self.scale_factors)
+        factors = torch.tensor(self.scale_factors, device=weight.device).repeat_interleave(weight.shape[1])
+        scales, trials = scale.repeat(1, count) * factors, weight.repeat(1, count, 1)
+        rounded = self.round(trials, hessian, scales, bits.repeat(1, count) if isinstance(bits, Tensor) else bits)
+        rounded, chosen = best_of_each(rounded, scales, channel_errors(trials - rounded, hessian), weight.shape[1])
+        firm = damped(hessian, self.damping)
+        for _ in range(self.sweeps):
+            rounded, chosen = refined(weight, rounded, chosen, firm, bits)
+        if outputs is not None:
+            across = towards_diagonal(outputs, self.output_share)
+            for _ in range(self.output_sweeps):
+                rounded = refined_jointly(weight[0], rounded[0], chosen[0], firm[0], across, shaped(bits, -1))[None]
+        if self.unshrunken:
+            gain = restoring_gain(weight, rounded, hessian)
+            rounded, chosen = rounded * gain[:, :, None], chosen * gain
+        return rounded, chosen
 
     def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits) -> Tensor:
         """Round weight [G, O/G, D] to its grid, columns of most input power first."""
@@ -145,14 +156,14 @@ class Gptq:
 
     def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, bits: Bits) -> Tensor:
         rounded = torch.empty_like(weight)
-        size = weight.shape[2]
+        size, allowed = weight.shape[2], weight_range(bits)
         for start in range(0, size, self.block):
             stop = min(start + self.block, size)
             part, errors = weight[:, :, start:stop].clone(), torch.empty_like(weight[:, :, start:stop])
             own = factor[:, start:stop, start:stop]
             for i in range(stop - start):
                 column = part[:, :, i]
-                nearest = clamp_integers(torch.round(column / scale), bits) * scale
+                nearest = torch.round(column / scale).clamp(*allowed) * scale  # type: ignore[arg-type]
                 rounded[:, :, start + i] = nearest
                 error = (column - nearest) / own[:, i, i, None]
                 part[:, :, i:] -= error[:, :, None] * own[:, None, i, i:]

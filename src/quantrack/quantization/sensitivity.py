@@ -25,21 +25,21 @@ from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
 from quantrack.quantization.bit_plan import BIT_RANGE, OFFERED_BITS, BitPlan, LayerBits, LayerCost, solve_bits
-from quantrack.quantization.curvature import float_curvatures
+from quantrack.quantization.curvature import Curvature, float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
-from quantrack.quantization.layers import effective_weight, quantized_layers
 from quantrack.quantization.step_cache import kept_path, step_keys
-from quantrack.quantization.weight_scales import MseWeightScales
+from quantrack.quantization.weight_scales import MseWeightScales, min_max_scale
 from quantrack.schemes import Scheme
 
 MEASURES = {  # and what an error then is
     "gradient": "squared error of objects' logits and boxes, by gradients",
     "output": "divergence of raw outputs, by trials",
 }
+MOST_TOGETHER = 2**25  # weights that GPTQ rounds at a time: many small steps are slow one number of bits at a time
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
 
 
@@ -260,29 +260,33 @@ def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, Ro
     Time: two passes over the GPTQ pictures, and one forward and back.
     """
     few = first_pictures(job, settings.gptq_images)
-    trials = {bits: _trial(few, bits) for bits in settings.bits}
-    layers = {bits: quantized_layers(trial.model) for bits, trial in trials.items()}
-    gptq = Gptq()
-    means: dict[str, Tensor] = {}
-    # the curvatures are of the float network's inputs, so one walk serves all
-    for by_name in float_curvatures(trials[settings.bits[0]], gptq.sampling):
+    trial = replace(few, model=copy.deepcopy(job.float_model), scheme=WEIGHTS_ONLY, plan=None)
+    InsertQuantizers().apply(trial)  # says which convolutions there are
+    rounded: dict[str, RoundedLayer] = {}
+    # the curvatures are of the float network's inputs, so one walk serves all numbers of bits
+    for by_name in float_curvatures(trial, Gptq().sampling):
         for name, curvature in by_name.items():
-            means[name] = curvature.mean
-            for bits in settings.bits:
-                gptq.round_layer(layers[bits][name], curvature)
-    return {
-        name: RoundedLayer({bits: effective_weight(layers[bits][name]) for bits in settings.bits}, mean)
-        for name, mean in means.items()
-    }
+            convolution = job.float_model.get_submodule(name)
+            assert isinstance(convolution, nn.Conv2d)
+            rounded[name] = RoundedLayer(rounded_at(convolution, curvature, settings.bits), curvature.mean)
+    return rounded
 
 
-def _trial(job: QuantizationJob, bits: int) -> QuantizationJob:
-    """A job with every convolution at so many bits, its scales set."""
-    scheme = Scheme(f"w{bits}a16", bits, None)
-    trial = replace(job, model=copy.deepcopy(job.float_model), scheme=scheme, plan=None)
-    for step in (InsertQuantizers(roles_at_8_bits=()), MseWeightScales()):
-        step.apply(trial)
-    return trial
+def rounded_at(convolution: nn.Conv2d, curvature: Curvature, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """A convolution's weight [O, I/g, kh, kw] on its grid of each number of bits: MSE scales, then GPTQ."""
+    gptq, float_weight = Gptq(), convolution.weight.detach()
+    weight = grouped(float_weight, convolution.groups)
+    together = max(1, MOST_TOGETHER // (len(gptq.scale_factors) * weight.numel()))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(numbers), together):
+        some = numbers[start : start + together]
+        scales = [MseWeightScales().search(float_weight, min_max_scale(float_weight, bits), bits) for bits in some]
+        scale = torch.cat([each.reshape(convolution.groups, -1) for each in scales], dim=1)
+        bits = torch.tensor(some, device=weight.device).repeat_interleave(weight.shape[1]).expand_as(scale)
+        rounded, _ = gptq.rounded(weight.repeat(1, len(some), 1), scale, bits, curvature.centred)
+        parts = rounded.chunk(len(some), dim=1)
+        found |= {bits: part.reshape(float_weight.shape) for bits, part in zip(some, parts, strict=True)}
+    return found
 
 
 @contextmanager

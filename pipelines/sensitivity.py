@@ -24,7 +24,7 @@ from quantrack.tracking.log import log_inputs, log_sensitivity, log_settings
 
 
 def sensitivity(settings: SensitivitySettings) -> None:
-    """Quantize one layer at a time, measure what it costs, and plan bits per layer under a budget."""
+    """Measure what each layer alone costs at few bits, and plan bits under a budget."""
     scheme = parse_mode(settings.mode)
     device = resolve_device(settings.device)
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)

@@ -4,6 +4,24 @@ from quantrack.errors import UsageError
 from quantrack.quantization.plan_bits import PlanBits
 from quantrack.settings import CompareSettings, PtqSettings, parse_settings, setting_texts
 
+PLANS = (
+    ({}, PlanBits()),
+    ({"mode": "w4a16", "recipe": "best"}, PlanBits()),
+    ({"avg_bits": 4.1, "plan_bits": "8,4", "plan_by": "layer"}, PlanBits(4.1, (4, 8), "layer")),
+    ({"plan_by": "layer"}, PlanBits(by="layer")),
+    ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
+    ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer")),  # the smallest file
+    ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer")),
+    ({"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"}, PlanBits(None, (4, 8), "channel")),
+    ({"weight_storage": "int4", "avg_bits": 0.0}, None),
+    ({"avg_bits": 0.0}, None),
+    ({"plan": "plan.json"}, None),
+    ({"recipe": "fast"}, None),
+    ({"recipe": "naive"}, None),
+    ({"weight_storage": "int4", "recipe": "fast"}, None),
+    ({"mode": "w8a8"}, None),
+)
+
 
 def test_each_mode_of_a_comparison_gets_what_its_bits_have_a_use_for():
     settings = CompareSettings(placement="full", weight_storage="int4", avg_bits=4.5)
@@ -16,30 +34,20 @@ def test_each_mode_of_a_comparison_gets_what_its_bits_have_a_use_for():
     }
 
 
-@pytest.mark.parametrize(
-    ("given", "planned"),
-    [
-        ({}, PlanBits()),
-        ({"mode": "w4a16", "recipe": "best"}, PlanBits()),
-        ({"avg_bits": 4.1, "plan_bits": "8,4", "plan_by": "layer"}, PlanBits(4.1, (4, 8), "layer")),
-        ({"plan_by": "layer"}, PlanBits(by="layer")),
-        ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
-        ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer")),  # the smallest file
-        ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer")),
-        ({"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"}, PlanBits(None, (4, 8), "channel")),
-        ({"weight_storage": "int4", "avg_bits": 0.0}, None),
-        ({"avg_bits": 0.0}, None),
-        ({"plan": "plan.json"}, None),
-        ({"recipe": "fast"}, None),
-        ({"recipe": "naive"}, None),
-        ({"weight_storage": "int4", "recipe": "fast"}, None),
-        ({"mode": "w8a8"}, None),
-    ],
-)
+@pytest.mark.parametrize(("given", "planned"), PLANS)
 def test_bits_are_planned_unless_they_go_by_role(given, planned):
     recipe = PtqSettings(**given).chosen_recipe()
     assert recipe.plan == planned
     assert recipe.with_plan(None).steps == recipe.steps[planned is not None :]
+
+
+@pytest.mark.parametrize("given", [given for given, _ in PLANS if "plan" not in given])
+def test_a_logged_recipe_and_the_same_settings_are_the_run_again(given, tmp_path):
+    settings = PtqSettings(**given)
+    path = tmp_path / "default.yaml"  # as `reproduce` fetches a run's `recipe.yaml`
+    path.write_text(settings.chosen_recipe().text())
+    again = parse_settings(PtqSettings, setting_texts(settings) | {"recipe": str(path)})
+    assert again.chosen_recipe().steps == settings.chosen_recipe().steps
 
 
 def test_a_recipe_file_plans_bits_for_int4_too(tmp_path):

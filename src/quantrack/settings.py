@@ -102,17 +102,17 @@ class RecipeSettings(SharedSettings):
     """How a detector is quantized, whatever the mode."""
 
     recipe: str = _setting("default", "naive, fast, default, best, or a *.yaml file.")
-    plan: str = _setting("", "Bits by layer: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
+    plan: str = _setting("", "Bits of weights: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float | None = _setting(
         None,
-        "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best (for "
-        "weight_storage=int4 as many as by role).",
+        "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best, but for "
+        "weight_storage=int4 as many weights of the most bits as by role.",
     )
     plan_bits: str = _setting(
-        "", "Bits that a plan chooses from; empty = the recipe's: 3,4,5,6,7 (4,7 for weight_storage=int4)."
+        "", "Bits that a plan chooses from; empty = the recipe's: 3,4,5,6,7 in ours, 4,7 for weight_storage=int4."
     )
     plan_by: str = _setting(
-        "", "What has bits of its own in a plan; empty = the recipe's: channel (layer for weight_storage=int4)."
+        "", "layer or channel, each with bits of its own; empty = the recipe's: channel, layer for weight_storage=int4."
     )
     placement: str = _setting(
         "inputs", "Activation quantizers: at convolutions' inputs (accurate), or full (integer kernels on the CPU)."
@@ -145,7 +145,8 @@ class PtqSettings(RecipeSettings):
         scheme = parse_mode(self.mode)
         for name, value in self.own_bits.items():
             _require(
-                scheme.weight_bits < 8, f"{name}={value}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16"
+                scheme.weight_bits < 8 or value == 0,
+                f"{name}={value}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
             )
             _require(not self.plan or name == "plan", f"{name}={value}: the plan has its own bits; give one")
         planned = self.chosen_recipe().plan is not None
@@ -163,7 +164,7 @@ class PtqSettings(RecipeSettings):
     def own_bits(self) -> dict[str, object]:
         """The settings given of those that say what bits weights have, by name."""
         named: dict[str, object] = {name: getattr(self, name) for name in ("plan", "avg_bits", "plan_bits", "plan_by")}
-        return {name: value for name, value in named.items() if value}
+        return {name: value for name, value in named.items() if value not in (None, "")}
 
     def chosen_recipe(self) -> Recipe:
         """The recipe as mode, variant and these settings' bits make it.
@@ -183,10 +184,15 @@ class PtqSettings(RecipeSettings):
         for_int4 = self.weight_storage == "int4" and self.recipe in RECIPES
         usual = FOR_INT4 if for_int4 else recipe.plan or PlanBits()
         bits = parse_plan_bits(self.plan_bits) if self.plan_bits else usual.bits
-        average = usual.average if self.avg_bits is None else self.avg_bits
-        if average is not None:
-            _require_budget(average, bits)
-        return PlanBits(average, bits, self.plan_by or usual.by)
+        if self.avg_bits is not None:
+            _require_budget(self.avg_bits, bits)
+            return PlanBits(self.avg_bits, bits, self.plan_by or usual.by)
+        try:
+            return PlanBits(usual.average, bits, self.plan_by or usual.by)
+        except UsageError as error:
+            raise UsageError(
+                f"plan_bits={self.plan_bits}: not with the recipe's plan ({error}); give avg_bits"
+            ) from error
 
     @property
     def kind(self) -> str:

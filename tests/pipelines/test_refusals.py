@@ -17,7 +17,7 @@ CASES = {
     "mode": (("--mode", "w2a2"), 2, "mode=w2a2: unknown mode; use one of w8a16, w8a8, w4a16, w4a8"),
     "recipe": (("--recipe", "magic"), 2, "recipe=magic: unknown recipe"),
     "recipe file": (("--recipe", "gone.yaml"), 2, "recipe=gone.yaml: cannot be read"),
-    "budget": (("--avg-bits", "2.5"), 2, "avg_bits=2.5: must lie between 3 and 8"),
+    "budget": (("--avg-bits", "2.5"), 2, "avg_bits=2.5: must lie between 3 and 7"),
     "plan bits": (("--plan-bits", "4"), 2, "plan_bits=4: give at least two of 2 to 8"),
     "plan by": (("--plan-by", "group"), 2, "plan_by=group: unknown; use layer or channel"),
     "plan by without budget": (
@@ -26,7 +26,18 @@ CASES = {
         "plan_by=channel: there is no budget to plan for; give avg_bits",
     ),
     "plan bits by role": (("--plan-bits", "4,8", "--avg-bits", "0"), 2, "plan_bits=4,8: there is no budget to plan"),
-    "budget of the bits": (("--plan-bits", "5,8"), 2, "avg_bits=4.5: must lie between 5 and 8"),
+    "budget of the bits": (("--plan-bits", "5,8", "--avg-bits", "4.5"), 2, "avg_bits=4.5: must lie between 5 and 8"),
+    "bits beyond the recipe's budget": (
+        ("--plan-bits", "5,8"),
+        2,
+        "plan_bits=5,8: not with the recipe's plan (average",
+    ),
+    "bits unlike roles": (
+        ("--plan-bits", "5,7", "--weight-storage", "int4"),
+        2,
+        "plan_bits=5,7: not with the recipe's plan (bits=[5, 7]: as many as by role are some of 4 and some of more)",
+    ),
+    "plan and bits by role": (("--plan", "plan.json", "--avg-bits", "0"), 2, "avg_bits=0.0: the plan has its own bits"),
     "budget of 8 bits": (("--avg-bits", "4.5", "--mode", "w8a8"), 2, "avg_bits=4.5: w8a8 has 8-bit weights throughout"),
     "plan and budget": (
         ("--plan", "plan.json", "--plan-by", "layer"),

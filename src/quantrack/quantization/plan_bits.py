@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantrack.errors import UsageError
-from quantrack.quantization.bit_plan import OFFERED_BITS, PLANNED_BY
+from quantrack.quantization.bit_plan import BIT_RANGE, OFFERED_BITS, PLANNED_BY
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
 from quantrack.quantization.sensitivity import LayerSensitivity, LayerTrials, kept_sensitivity, plan_bits
+
+FEWEST = 4  # of bits by role
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,15 @@ class PlanBits:
     by: str = "channel"
 
     def __post_init__(self) -> None:
-        LayerTrials(bits=self.bits)
+        if (
+            len(self.bits) < 2
+            or len(set(self.bits)) < len(self.bits)
+            or any(each not in BIT_RANGE for each in self.bits)
+        ):
+            raise UsageError(f"bits={list(self.bits)}: give at least two of 2 to 8")
         low, high = min(self.bits), max(self.bits)
+        if self.average is None and (FEWEST not in self.bits or high == FEWEST):
+            raise UsageError(f"bits={list(self.bits)}: as many as by role are some of {FEWEST} and some of more")
         if self.average is not None and not low <= self.average <= high:
             raise UsageError(f"average={self.average}: must lie between {low} and {high}")
         if self.by not in PLANNED_BY:
@@ -39,9 +48,7 @@ class PlanBits:
         if quantized_layers(job.model):
             raise UsageError("plan_bits: quantizers that have their bits are there already; make it the first step")
         rows = kept_sensitivity(job, LayerTrials(bits=self.bits))
-        average = (
-            average_by_role(rows, job.scheme.weight_bits, max(self.bits)) if self.average is None else self.average
-        )
+        average = average_by_role(rows, max(self.bits)) if self.average is None else self.average
         job.plan = plan_bits(job, rows, average, self.by)
         return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}
 
@@ -50,7 +57,7 @@ FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer")
 """For the smallest file: INT4 and INT8 store nothing else without waste, and it is as large as that of bits by role."""
 
 
-def average_by_role(rows: Sequence[LayerSensitivity], bits: int, most: int) -> float:
-    """The average of bits by role, with `most` in the place of 8: a plan of these two makes a file as large."""
+def average_by_role(rows: Sequence[LayerSensitivity], most: int) -> float:
+    """The average of our bits by role, with `most` in the place of 8: a plan of 4 and these makes a file as large."""
     kept = sum(row.weights for row in rows if row.role in InsertQuantizers.roles_at_8_bits)
-    return bits + (most - bits) * kept / sum(row.weights for row in rows)
+    return FEWEST + (most - FEWEST) * kept / sum(row.weights for row in rows)

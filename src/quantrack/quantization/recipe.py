@@ -124,7 +124,12 @@ def read_recipe(path: Path) -> Recipe:
     listed = content.get("steps") if isinstance(content, dict) and set(content) == {"steps"} else None
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"recipe={path}: must hold just `steps:` and below it a list of steps")
-    return Recipe(path.stem, tuple(_step(item, path) for item in listed))
+    steps = tuple(_step(item, path) for item in listed)
+    if any(isinstance(step, PlanBits) for step in steps[1:]):
+        raise UsageError(
+            f"recipe={path}: plan_bits: quantizers need it before them; make it the first step, and the only"
+        )
+    return Recipe(path.stem, steps)
 
 
 def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:

@@ -22,7 +22,8 @@ RUN_DIGEST = "run_digest"
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
 BY_CONTENT = (
-    "model", "data_root", "calib_list", "plan", "mode", "recipe", "device", "provider", "trust_checkpoint",
+    "model", "data_root", "calib_list", "plan", "avg_bits", "plan_bits", "plan_by", "mode", "recipe", "device",
+    "provider", "trust_checkpoint",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.42), ("w4a8", 0.42)])
+@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.43), ("w4a8", 0.42)])
 def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least

@@ -66,7 +66,7 @@ def test_ptq_artifacts_say_what_was_done(ptq_run: Run) -> None:
     assert set(next(iter(calibration["activation_quantizers"].values()))) >= {"scale", "zero_point", "minimum"}
     layers = json.loads(read("layers.json"))
     assert [row["weight_bits"] for row in layers if row["role"] == "dfl"] == ["float"]
-    assert {row["weight_bits"] for row in layers if row["role"] == "depthwise"} == {8}
+    assert {row["weight_bits"] for row in layers if row["role"] == "depthwise"} == {7}  # the most of a plan
     assert yaml.safe_load(read("config.yaml"))["resolved"]["device"] in ("cpu", "cuda")
     assert "mAP50-95" in read("summary.md")
 

@@ -39,7 +39,7 @@ MEASURES = {  # and what an error then is
     "gradient": "squared error of objects' logits and boxes, by gradients",
     "output": "divergence of raw outputs, by trials",
 }
-MOST_TOGETHER = 2**25  # weights that GPTQ rounds at a time: many small steps are slow one number of bits at a time
+MOST_TOGETHER = 2**23  # weights that GPTQ rounds at a time: many small steps are slow one number of bits at a time
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
 
 

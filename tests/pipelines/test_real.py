@@ -55,8 +55,9 @@ def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float)
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
 
-def test_bits_by_role(real_inputs: Path, store: Path) -> None:
-    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", "--avg-bits", "0")
+@pytest.mark.parametrize("mode", ["w4a16", "w4a8"])
+def test_bits_by_role(real_inputs: Path, store: Path, mode: str) -> None:
+    run = measure(real_inputs, store, "ptq", "--mode", mode, "--avg-bits", "0")
     assert run.data.metrics["mAP50-95"] >= 0.40
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
@@ -72,15 +73,19 @@ def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, 
     assert times_float32(run, "onnx_mb") < 0.26
 
 
-def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(real_inputs: Path, store: Path) -> None:
-    options = ("--avg-bits", "4.5", "--plan-bits", "4,7", "--weight-storage", "int4")
+@pytest.mark.parametrize("bits", ["4,7", "4,8"])
+def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
+    real_inputs: Path, store: Path, bits: str
+) -> None:
+    options = ("--avg-bits", "4.5", "--plan-bits", bits, "--weight-storage", "int4")
     run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *options)
     metrics = run.data.metrics
     assert 4.45 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.43
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
     assert_integer_kernels(run)
-    assert metrics["latency_ratio"] < SLOWEST
+    if bits == "4,7" or sums_are_exact():  # else 8-bit weights take slower kernels, for which plans have 7 bits
+        assert metrics["latency_ratio"] < SLOWEST
     assert times_float32(run, "onnx_mb") < 0.25
 
 

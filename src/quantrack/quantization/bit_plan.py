@@ -23,6 +23,16 @@ PLANNED_BY = ("layer", "channel")  # what has bits of its own
 LayerBits = int | tuple[int, ...]  # of all weights of a layer, or of each output channel
 
 
+def require_choice(bits: Sequence[int]) -> None:
+    """Refuse what is no choice of different numbers of bits, at least two within `BIT_RANGE`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if len(bits) < 2 or len(set(bits)) < len(bits) or any(each not in BIT_RANGE for each in bits):
+        raise UsageError(f"bits={list(bits)}: give at least two of {BIT_RANGE[0]} to {BIT_RANGE[-1]}")
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One convolution, or one of its channels: how many weights, and the error that each choice of bits brings."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantrack.errors import UsageError
-from quantrack.quantization.bit_plan import BIT_RANGE, OFFERED_BITS, PLANNED_BY
+from quantrack.quantization.bit_plan import OFFERED_BITS, PLANNED_BY, require_choice
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
@@ -28,12 +28,7 @@ class PlanBits:
     by: str = "channel"
 
     def __post_init__(self) -> None:
-        if (
-            len(self.bits) < 2
-            or len(set(self.bits)) < len(self.bits)
-            or any(each not in BIT_RANGE for each in self.bits)
-        ):
-            raise UsageError(f"bits={list(self.bits)}: give at least two of 2 to 8")
+        require_choice(self.bits)
         low, high = min(self.bits), max(self.bits)
         if self.average is None and (FEWEST not in self.bits or high == FEWEST):
             raise UsageError(f"bits={list(self.bits)}: as many as by role are some of {FEWEST} and some of more")

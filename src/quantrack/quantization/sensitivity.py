@@ -24,7 +24,7 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.files import write_json
 from quantrack.progress import say, track
-from quantrack.quantization.bit_plan import BIT_RANGE, OFFERED_BITS, BitPlan, LayerBits, LayerCost, solve_bits
+from quantrack.quantization.bit_plan import OFFERED_BITS, BitPlan, LayerBits, LayerCost, require_choice, solve_bits
 from quantrack.quantization.curvature import Curvature, float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
@@ -56,8 +56,7 @@ class LayerTrials:
     gptq_images: int = 100
 
     def __post_init__(self) -> None:
-        if len(self.bits) < 2 or any(bits not in BIT_RANGE for bits in self.bits):
-            raise UsageError(f"sensitivity: bits={self.bits}: give at least two of 2 to 8")
+        require_choice(self.bits)
         if self.measure not in MEASURES:
             raise UsageError(f"sensitivity: measure={self.measure}: use {' or '.join(MEASURES)}")
         if self.images < 1 or self.gptq_images < 1:

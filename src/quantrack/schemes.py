@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from quantrack.errors import UsageError
 
+LARGEST_PAIR = 128
+"""Two neighbouring weights of one sign may sum up to this: times 255 is the most that 16 bits hold."""
+
 
 @dataclass(frozen=True)
 class Scheme:

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from command import SMALL_LAYERS
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from quantrack.datasets.pictures import network_input
@@ -24,6 +24,7 @@ from quantrack.onnx.full_placement import (
 )
 from quantrack.onnx.graph import Graph, read_graph, write_graph
 from quantrack.onnx.grid_assignment import ConvInput, Groups, assign_grids
+from quantrack.onnx.inspect import has_integer_convolutions, sums_can_saturate
 from quantrack.onnx.integer_kernels import (
     dequantize_late,
     double_by_copying,
@@ -208,6 +209,25 @@ def test_exact_sums_are_possible(small, full):
     image = network_input(small.calibration.paths[1], small.SIZE)[None]
     exact = open_session(full, "cpu", SessionSettings(exact_sums=True))
     np.testing.assert_array_equal(exact.run(image), open_session(full, "cpu").run(image))
+
+
+@pytest.mark.parametrize(("depthwise", "saturates"), [(False, True), (True, False)])
+def test_its_weights_fit_in_pairs(full, tmp_path, depthwise, saturates):
+    """So that integer kernels add exactly without VNNI, as they would not with large weights everywhere."""
+    assert has_integer_convolutions(full)
+    assert not sums_can_saturate(full)
+    graph = read_graph(full)
+    weights = [graph.producers[node.input[1]].input[0] for node in graph.nodes if is_quantized_convolution(graph, node)]
+    shapes = {name: graph.initializers[name].dims for name in weights}
+    chosen = next(name for name, shape in shapes.items() if (shape[1] == 1) == depthwise)
+    graph.initializers[chosen].CopyFrom(numpy_helper.from_array(np.full(shapes[chosen], 127, np.int8), chosen))
+    write_graph(graph, tmp_path / "large.onnx")
+    assert sums_can_saturate(tmp_path / "large.onnx") == saturates
+
+
+def is_quantized_convolution(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether it is a convolution of quantized weights."""
+    return node.op_type == "Conv" and node.input[1] in graph.producers
 
 
 @pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying, dequantize_late])

@@ -62,4 +62,5 @@ def test_recipes_for_tensorrt_are_symmetric(name):
 def test_full_placement_keeps_one_scale_for_all_channels():
     recipe = parse_recipe("default")
     steps = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe).steps
-    assert steps == tuple(step for step in recipe.steps if not isinstance(step, ChannelEqualization)) != recipe.steps
+    assert not any(isinstance(step, ChannelEqualization) for step in steps)
+    assert any(isinstance(step, ChannelEqualization) for step in recipe.steps)

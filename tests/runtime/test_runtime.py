@@ -4,11 +4,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.export import export_float
+from quantrack.onnx.inspect import sums_can_saturate
 from quantrack.runtime.exact_sums import sums_are_exact
 from quantrack.runtime.latency import measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
@@ -33,9 +35,13 @@ def session(net: nn.Module, tmp_path: Path) -> Session:
 @pytest.fixture
 def integer_convolution(tmp_path: Path) -> Path:
     """A convolution of the largest weights between quantizers: pairs of its products do not fit 16 bits."""
+    return save_convolution(tmp_path / "integers.onnx", np.full((4, 3, 3, 3), 127, np.int8))
+
+
+def save_convolution(path: Path, weights: NDArray[np.int8]) -> Path:
     values = {
         "one": np.float32(1 / 255), "zero": np.uint8(0), "int8 zero": np.int8(0),
-        "w": np.full((4, 3, 3, 3), 127, np.int8), "large": np.float32(127 * 27 / 200),
+        "w": weights, "large": np.float32(127 * 27 / 200),
     }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x8"]),
@@ -52,7 +58,6 @@ def integer_convolution(tmp_path: Path) -> Path:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 8, 8])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
-    path = tmp_path / "integers.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
     return path
 
@@ -150,6 +155,21 @@ def test_exact_sums_are_asked_for_where_they_are_not_given(
         assert session.settings == SessionSettings(exact_sums=not exact)
         assert {one.exact_sums for one in candidates(session.path, "cpu") if not one.fold_weights} == {not exact}
     np.testing.assert_array_equal(session.run(image), right)
+
+
+def test_exact_sums_are_not_asked_for_where_weights_fit_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The largest that fit, in the order of ONNX Runtime's kernels; the slower kernels give the same."""
+    weights = np.full((4, 3, 3, 3), 127, np.int8)
+    weights[:, 1:] = 1  # of three channels, so that at every other place of the kernel 0 is the second of two
+    path = save_convolution(tmp_path / "fitting.onnx", weights)
+    assert not sums_can_saturate(path)
+    monkeypatch.setattr("quantrack.runtime.session.sums_are_exact", lambda: False)
+    usual = open_session(path, "cpu")
+    assert usual.settings == SessionSettings()
+    image = np.ones((1, 3, 8, 8), np.float32)
+    np.testing.assert_array_equal(usual.run(image), open_session(path, "cpu", REFERENCE).run(image))
 
 
 def test_only_others_count_as_other_load(tmp_path: Path) -> None:

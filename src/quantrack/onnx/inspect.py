@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
-from quantrack.schemes import VARIANTS, variant_words
+from quantrack.schemes import LARGEST_PAIR, VARIANTS, variant_words
 
 QDQ_OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 COUNTED = (*QDQ_OPERATORS, "Clip", "Conv")
+INTEGER_SUMS = ("Conv", "MatMul", "Gemm")
 FACTS_KEY = "quantrack"
 
 
@@ -104,6 +107,36 @@ def has_integer_convolutions(path: Path) -> bool:
     results = {name for node in nodes if node.op_type == "Conv" for name in node.output}
     quantized = results & {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
     return 2 * len(quantized) > len(results)
+
+
+def sums_can_saturate(path: Path) -> bool:
+    """Whether weights are so large that integer kernels of x86 processors without VNNI add their products wrongly.
+
+    Those add two neighbours' in 16 bits. Unsigned weights take other kernels.
+    """
+    graph = load_onnx(path).graph
+    signed = {item.name: item for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    weights = {
+        node.output[0]: signed[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in signed
+    }
+    return any(
+        _exceeds(node, onnx.numpy_helper.to_array(weights[node.input[1]]))
+        for node in graph.node
+        if node.op_type in INTEGER_SUMS and node.input[1] in weights
+    )
+
+
+def _exceeds(node: onnx.NodeProto, weight: NDArray[np.int8]) -> bool:
+    """Whether two weights that one operator adds in 16 bits are too large for that."""
+    if node.op_type != "Conv":
+        return bool((np.abs(weight.astype(int)) > LARGEST_PAIR // 2).any())  # in whichever order they are taken
+    if weight.shape[1] == 1 and len(weight) == next((item.i for item in node.attribute if item.name == "group"), 1):
+        return False  # depthwise convolutions add in 32 bits
+    in_order = np.moveaxis(weight.astype(int), 1, -1).reshape(len(weight), -1)
+    pairs = np.pad(in_order, ((0, 0), (0, in_order.shape[1] % 2))).reshape(len(weight), -1, 2)
+    return bool(max(pairs.clip(min=0).sum(axis=2).max(), -pairs.clip(max=0).sum(axis=2).min()) > LARGEST_PAIR)
 
 
 def require_same_qdq(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:

@@ -9,7 +9,7 @@ move the detections the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,8 +36,11 @@ from quantrack.quantization.layers import (
     weight_range,
     weight_scale,
 )
+from quantrack.quantization.pair_sums import SMALLEST_RAISE, is_depthwise, largest_pair
+from quantrack.schemes import LARGEST_PAIR
 
 INPUTS = ("float", "quantized")
+FIT_TRIALS = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Gptq:
     The scale of least error makes a layer's answer to its input a little too small. With `unshrunken` the scale
     is raised until the answer is as large as before: noise of many layers adds up by its variance, shrinking by
     its amount, and objects would lose confidence.
+
+    With `fit_pairs`, channels of 8 bits are rounded again at larger scales where two neighbours exceed what integer
+    kernels add exactly; `fit_pair_sums`, which must follow, sees to what is left after `FIT_TRIALS`.
 
     With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
     mean is left to the bias correction that must follow.
@@ -75,6 +81,7 @@ class Gptq:
     output_sweeps: int = 0
     output_share: float = 0.9
     unshrunken: bool = True
+    fit_pairs: bool = False
     damping: float = 0.01
     block: int = 128
     memory_gb: float = 0.75
@@ -114,6 +121,8 @@ class Gptq:
         nearest = grouped(fake_quantize(layer.weight.detach(), scale, channel_bits(layer)), layer.groups)
         outputs = curvature.outputs if layer.groups == 1 else None
         rounded, chosen = self.rounded(weight, scale.reshape(layer.groups, -1), bits, hessian, outputs)
+        if self.fit_pairs and not is_depthwise(layer):
+            rounded, chosen = self.fitted(weight, rounded, chosen, bits, hessian, layer.weight.shape)
         errors = channel_errors(weight - nearest, hessian).sum(), channel_errors(weight - rounded, hessian).sum()
         set_weight_scale(layer, chosen.flatten())
         layer.weight.data.copy_(rounded.reshape(layer.weight.shape))
@@ -142,6 +151,25 @@ class Gptq:
         if self.unshrunken:
             gain = restoring_gain(weight, rounded, hessian)
             rounded, chosen = rounded * gain[:, :, None], chosen * gain
+        return rounded, chosen
+
+    def fitted(
+        self, weight: Tensor, rounded: Tensor, chosen: Tensor, bits: Bits, hessian: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """Rounded weights and scales, channels with neighbours that exceed `LARGEST_PAIR` anew at larger scales.
+
+        `shape` is that of the convolution's weight.
+        """
+        at_one_scale, start = replace(self, scale_factors=(1.0,)), chosen
+        for _ in range(FIT_TRIALS):
+            largest = largest_pair((rounded / chosen[:, :, None]).reshape(shape)).reshape(chosen.shape)
+            exceeds = largest > LARGEST_PAIR
+            if not exceeds.any():
+                break
+            start = torch.where(exceeds, start * SMALLEST_RAISE * largest / LARGEST_PAIR, start)
+            again, scales = at_one_scale.rounded(weight, start, bits, hessian)
+            rounded = torch.where(exceeds[:, :, None], again, rounded)
+            chosen = torch.where(exceeds, scales, chosen)
         return rounded, chosen
 
     def round(self, weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits) -> Tensor:

@@ -25,6 +25,7 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import Step
 from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.plan_bits import PlanBits
 from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.reconstruction import BlockReconstruction
@@ -47,6 +48,7 @@ STEPS: dict[str, type[Step]] = {
     "gptq": Gptq,
     "block_reconstruction": BlockReconstruction,
     "distillation": Distillation,
+    "fit_pair_sums": FitPairSums,
     "bias_correction": BiasCorrection,
 }
 CALIBRATED: tuple[Step, ...] = (
@@ -136,14 +138,25 @@ def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:
     """The recipe as the runtime of a variant (`schemes.VARIANTS`) can use it.
 
     TensorRT takes only activations with zero point 0. Channels are not equalized for kernels that want one scale
-    for all channels of an activation.
+    for all channels of an activation. Integer kernels add weights exactly that fit in pairs.
     """
     steps = recipe.steps
     if variant["target"] == "tensorrt":
         steps = tuple(replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in steps)
     if one_scale_for(variant):
         steps = tuple(step for step in steps if not isinstance(step, ChannelEqualization))
+    if variant["placement"] == "full":
+        steps = _with_fitting_pairs(steps)
     return recipe if steps == recipe.steps else Recipe(recipe.name, steps)
+
+
+def _with_fitting_pairs(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps so that weights fit in pairs; the last to change weights sees to what others leave."""
+    steps = tuple(replace(step, fit_pairs=True) if isinstance(step, Gptq) else step for step in steps)
+    if FitPairSums() in steps:
+        return steps
+    last = len(steps) - isinstance(steps[-1], BiasCorrection)
+    return (*steps[:last], FitPairSums(), *steps[last:])
 
 
 def step_name(step: Step) -> str:

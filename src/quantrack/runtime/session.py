@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError, UsageError
-from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers
+from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers, sums_can_saturate
 from quantrack.progress import say
 from quantrack.runtime.exact_sums import EXACT, sums_are_exact
 
@@ -74,7 +74,7 @@ def settings_for(path: Path) -> SessionSettings:
     a quantized file without integer kernels, where they save a fifth of the time.
     """
     if has_integer_convolutions(path):
-        return SessionSettings(exact_sums=not sums_are_exact())
+        return SessionSettings(exact_sums=sums_can_saturate(path) and not sums_are_exact())
     return SessionSettings(fold_weights=has_quantizers(path))
 
 

@@ -1,0 +1,78 @@
+"""Step: weights whose products with bytes fit 16 bits two by two, so that integer kernels add exactly anywhere.
+
+x86 processors with AVX2 and without VNNI multiply unsigned activations by signed weights and add two neighbouring
+products in 16 bits, cutting what does not fit (`vpmaddubsw`; ONNX Runtime's documentation of quantization, on U8S8).
+It does not fit where two large weights of one sign meet. The usual remedies are 7 bits for all weights
+(`reduce_range`) and kernels that take half as much time again; a scale that is a little larger does with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import (
+    QuantizedConvolution,
+    channel_bits,
+    fake_quantize,
+    quantized_layers,
+    set_weight_scale,
+    weight_scale,
+)
+from quantrack.schemes import LARGEST_PAIR
+
+SMALLEST_RAISE = 1.002
+
+
+@dataclass(frozen=True)
+class FitPairSums:
+    """Raises the scale of each output channel in which two neighbours exceed `LARGEST_PAIR`, until none do.
+
+    Half of the range always fits, so a channel loses less than a bit. Runs after what rounds weights, and before the
+    bias correction. Depthwise convolutions have kernels of their own, which add in 32 bits.
+    """
+
+    def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        raised = [fit_pair_sums(layer) for layer in quantized_layers(job.model).values() if not is_depthwise(layer)]
+        factors = torch.cat(raised) if raised else torch.ones(1)
+        changed = factors[factors > 1]
+        return {"channels": float(len(changed)), "scale_raised_mean": float(changed.mean()) if len(changed) else 1.0}
+
+
+def fit_pair_sums(layer: QuantizedConvolution) -> Tensor:
+    """Make one layer's weights fit, in place; by how much each channel's scale was raised, [O]."""
+    bits, before, weight = channel_bits(layer), weight_scale(layer), layer.weight.detach()
+    scale = before.clone()
+    while True:  # ends: a channel whose scale has doubled has no weight beyond 64
+        largest = largest_pair(fake_quantize(weight, scale, bits) / scale.reshape(-1, 1, 1, 1))
+        if bool((largest <= LARGEST_PAIR).all()):
+            break
+        raise_by = (largest / LARGEST_PAIR).clamp_min(SMALLEST_RAISE)
+        scale = torch.where(largest > LARGEST_PAIR, scale * raise_by, scale)
+    raised = scale > before
+    rounded = fake_quantize(weight, scale, bits)
+    layer.weight.data.copy_(torch.where(raised.reshape(-1, 1, 1, 1), rounded, weight))
+    set_weight_scale(layer, scale)
+    return scale / before
+
+
+def largest_pair(integers: Tensor) -> Tensor:
+    """The largest sum of two neighbours of one sign among each output channel's weights [O, I/g, kh, kw], shape [O].
+
+    Neighbours are the input channels 0 and 1, 2 and 3, ... at one place of the kernel: integer kernels take
+    them in channels-last order.
+    """
+    even = functional.pad(integers.round(), (0, 0, 0, 0, 0, integers.shape[1] % 2))
+    pairs = even.reshape(even.shape[0], -1, 2, *even.shape[2:])
+    upwards, downwards = pairs.clamp_min(0).sum(dim=2), (-pairs).clamp_min(0).sum(dim=2)
+    return torch.maximum(upwards, downwards).flatten(1).amax(dim=1)
+
+
+def is_depthwise(layer: QuantizedConvolution) -> bool:
+    """Whether each channel is convolved for itself."""
+    return bool(layer.groups == layer.in_channels == layer.out_channels)

@@ -18,8 +18,7 @@ from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes, score_model
 from quantrack.quantization.channel_equalization import require_scales_of_tensors
 from quantrack.quantization.job import new_job
-from quantrack.quantization.pair_sums import FitPairSums
-from quantrack.quantization.qat import Qat, leave_dfl_float, new_student, take_over_student
+from quantrack.quantization.qat import Qat, leave_dfl_float, new_student, suit_integer_kernels, take_over_student
 from quantrack.quantization.state import read_quantized
 from quantrack.runtime.session import require_cuda
 from quantrack.runtime.variants import FULL
@@ -89,10 +88,9 @@ def train_and_prove(settings: QatSettings) -> None:
         log_training(train(work), work.best)
 
         take_over_student(job, student)
-        if settings.placement == FULL:
-            FitPairSums().apply(job)
+        reports = (suit_integer_kernels(job),) if settings.placement == FULL else ()
         recipe = f"{start.data.tags['recipe']}-qat"
-        proof = prove_and_log(job, detector, evaluation_set, settings, (), recipe, "qat")
+        proof = prove_and_log(job, detector, evaluation_set, settings, reports, recipe, "qat")
         log_gain(start, proof, evaluation_set)
 
 

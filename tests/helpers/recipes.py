@@ -1,4 +1,4 @@
-"""Recipes for networks without a detection head, where nothing says what bits cost."""
+"""The default recipe without its plan: for networks without a detection head, and where planning only takes time."""
 
 from quantrack.quantization.recipe import parse_recipe
 

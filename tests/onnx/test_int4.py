@@ -9,7 +9,7 @@ from quantrack.errors import QuantrackError
 from quantrack.onnx.files import pack_weights
 from quantrack.onnx.float_silu import SILU
 from quantrack.onnx.full_placement import observable_tensors, place_everywhere
-from quantrack.onnx.inspect import read_facts
+from quantrack.onnx.inspect import read_facts, sums_can_saturate
 from quantrack.onnx.int4 import store_as_int4
 from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import require_same_outputs
@@ -70,6 +70,17 @@ def placed(small, source, target):
     ranges = observe_tensors(source, tensors, small.calibration.batches(small.SIZE, 1), 2, "cpu")
     place_everywhere(source, target, ranges)
     return target
+
+
+def test_large_weights_are_seen_among_packed_ones(small, tmp_path):
+    source, target = small.files("w4a8", placement="full", channels=True).optimized, tmp_path / "packed.onnx"
+    store_as_int4(source, target)
+    assert not sums_can_saturate(target)
+    model = onnx.load(target)
+    rest = next(item for item in model.graph.initializer if item.name.endswith("/rest") and item.dims[1] > 1)
+    rest.CopyFrom(onnx.numpy_helper.from_array(np.full(rest.dims, 127, np.int8), rest.name))
+    onnx.save(model, target)
+    assert sums_can_saturate(target)
 
 
 def test_integer_kernels_stay_with_full_placement(small, tmp_path):

@@ -1,5 +1,7 @@
 """Float16 between quantizers, and files for TensorRT."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +11,9 @@ from quantrack.errors import QuantrackError
 from quantrack.onnx.files import for_tensorrt, in_float16
 from quantrack.onnx.tensorrt import require_tensorrt_ready
 from quantrack.quantization.channel_equalization import ChannelEqualization
+from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.recipe import parse_recipe, recipe_for
 from quantrack.runtime.parity import measure_parity
 from quantrack.runtime.session import open_session
@@ -62,5 +66,7 @@ def test_recipes_for_tensorrt_are_symmetric(name):
 def test_full_placement_keeps_one_scale_for_all_channels():
     recipe = parse_recipe("default")
     steps = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe).steps
-    assert not any(isinstance(step, ChannelEqualization) for step in steps)
-    assert any(isinstance(step, ChannelEqualization) for step in recipe.steps)
+    kept = [step for step in recipe.steps if not isinstance(step, ChannelEqualization)]
+    assert len(kept) == len(recipe.steps) - 1
+    fitting = [replace(step, fit_pairs=True) if isinstance(step, Gptq) else step for step in kept]
+    assert steps == (*fitting[:-1], FitPairSums(), fitting[-1])

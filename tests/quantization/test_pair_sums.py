@@ -58,7 +58,7 @@ def error(layer: QuantizedConvolution, weight: Tensor) -> float:
         ([100, -60, -70, 90], 100),  # signs differ, so they take from each other
         ([20, 100, 120, 30], 150),  # 100 and 120 are of two pairs
         ([-127, -127, 0, 0], 254),
-        ([0, 0, 127], 127),  # the last of an odd number has no neighbour
+        ([20, 30, 127], 127),  # the last of an odd number has no neighbour
     ],
 )
 def test_neighbours_are_added_two_by_two(weights: list[int], largest: int) -> None:
@@ -71,6 +71,14 @@ def test_neighbours_lie_at_one_place_of_the_kernel() -> None:
     assert largest_pair(weight).tolist() == [127]
     weight[0, 1, 0, 0] = 5
     assert largest_pair(weight).tolist() == [132]
+
+
+def test_an_odd_number_of_channels_is_counted_both_ways() -> None:
+    """As it is, where the last has the next place's first beside it, and filled up to an even number."""
+    weight = torch.zeros(2, 3, 1, 2)
+    weight[0, 2, 0, 0] = weight[0, 0, 0, 1] = 100  # beside each other as they are
+    weight[1, 0, 0, 1] = weight[1, 1, 0, 1] = 100  # and these if filled up
+    assert largest_pair(weight).tolist() == [200, 200]
 
 
 def test_weights_are_made_to_fit_for_less_than_a_bit() -> None:
@@ -97,12 +105,28 @@ def test_channels_that_fit_stay_as_they_are() -> None:
     torch.testing.assert_close(weight_scale(layer)[3:], scale[3:], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", [4, 7])
-def test_fewer_bits_always_fit(bits: int) -> None:
+def test_weights_that_were_cut_stay_cut() -> None:
+    """Or one of them could cost a channel all its bits."""
+    layer = convolution()
+    layer.weight[:, :2] = 100.0
+    scale = weight_scale(layer).clone()
+    assert fit_pair_sums(layer).max() <= 2 * 1.002
+    assert largest_pair(integers(layer)).max() <= LARGEST_PAIR
+    assert (layer.quant_weight().value.amax(dim=(1, 2, 3)) <= 127 * scale * 1.001).all()
+
+
+def test_what_is_not_finite_ends_it() -> None:
+    layer = convolution()
+    layer.weight[0, 0, 0, 0] = torch.nan
+    fit_pair_sums(layer)
+
+
+@pytest.mark.parametrize(("bits", "value", "largest"), [(4, 1.0, 14), (4, -1.0, 16), (7, 1.0, 126), (7, -1.0, 128)])
+def test_fewer_bits_always_fit(bits: int, value: float, largest: int) -> None:
     layer = convolution(bits)
-    layer.weight.fill_(1.0)
+    layer.weight.fill_(value)
     set_weight_scale(layer, torch.full((16,), 1e-3))
-    assert largest_pair(integers(layer)).max() < LARGEST_PAIR
+    assert largest_pair(integers(layer)).max() == largest
     assert torch.equal(fit_pair_sums(layer), torch.ones(16))
 
 
@@ -157,6 +181,8 @@ def test_full_placement_wants_weights_that_fit(name: str) -> None:
     assert all(step.fit_pairs for step in full.steps if isinstance(step, Gptq))
     assert recipe_for({"target": "onnxruntime", "placement": "full"}, full) == full
     assert FitPairSums() not in recipe_for({"target": "onnxruntime", "placement": "inputs"}, recipe).steps
+    misplaced = Recipe(name, (*recipe.steps[:3], FitPairSums(), *recipe.steps[3:]))
+    assert recipe_for({"target": "onnxruntime", "placement": "full"}, misplaced) == full
 
 
 def test_without_a_bias_correction_fitting_comes_last() -> None:

@@ -38,24 +38,25 @@ def integer_convolution(tmp_path: Path) -> Path:
     return save_convolution(tmp_path / "integers.onnx", np.full((4, 3, 3, 3), 127, np.int8))
 
 
-def save_convolution(path: Path, weights: NDArray[np.int8]) -> Path:
+def save_convolution(path: Path, weights: NDArray[np.int8], groups: int = 1) -> Path:
+    """A 3x3 convolution of 8x8 pixels between quantizers, 200 the largest of its results."""
     values = {
         "one": np.float32(1 / 255), "zero": np.uint8(0), "int8 zero": np.int8(0),
-        "w": weights, "large": np.float32(127 * 27 / 200),
+        "w": weights, "large": np.float32(127 * weights[0].size / 200),
     }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x8"]),
         helper.make_node("DequantizeLinear", ["x8", "one", "zero"], ["xf"]),
         helper.make_node("DequantizeLinear", ["w", "one", "int8 zero"], ["wf"]),
-        helper.make_node("Conv", ["xf", "wf"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["xf", "wf"], ["c"], pads=[1, 1, 1, 1], group=groups),
         helper.make_node("QuantizeLinear", ["c", "large", "zero"], ["c8"]),
         helper.make_node("DequantizeLinear", ["c8", "large", "zero"], ["y"]),
     ]
     graph = helper.make_graph(
         nodes,
         "integers",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, weights.shape[1] * groups, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, len(weights), 8, 8])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
@@ -157,19 +158,35 @@ def test_exact_sums_are_asked_for_where_they_are_not_given(
     np.testing.assert_array_equal(session.run(image), right)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (16, 1), (16, 2), (6, 2)])
 def test_exact_sums_are_not_asked_for_where_weights_fit_in_pairs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int, groups: int
 ) -> None:
-    """The largest that fit, in the order of ONNX Runtime's kernels; the slower kernels give the same."""
-    weights = np.full((4, 3, 3, 3), 127, np.int8)
-    weights[:, 1:] = 1  # of three channels, so that at every other place of the kernel 0 is the second of two
-    path = save_convolution(tmp_path / "fitting.onnx", weights)
+    """Weights of the largest sum that fits, in the order of ONNX Runtime's kernels: the usual ones add them right."""
+    size = channels // groups
+    in_order = np.full((8, 9 * size), 1, np.int8)
+    in_order[:, 0::2] = 127
+    path = save_convolution(tmp_path / "fitting.onnx", np.moveaxis(in_order.reshape(8, 3, 3, size), -1, 1), groups)
     assert not sums_can_saturate(path)
     monkeypatch.setattr("quantrack.runtime.session.sums_are_exact", lambda: False)
     usual = open_session(path, "cpu")
     assert usual.settings == SessionSettings()
-    image = np.ones((1, 3, 8, 8), np.float32)
+    image = np.ones((1, channels, 8, 8), np.float32)
     np.testing.assert_array_equal(usual.run(image), open_session(path, "cpu", REFERENCE).run(image))
+    in_order[0, 1] = 2
+    save_convolution(path, np.moveaxis(in_order.reshape(8, 3, 3, size), -1, 1), groups)
+    assert sums_can_saturate(path)
+
+
+def test_weights_of_unknown_size_may_saturate(integer_convolution: Path) -> None:
+    """Float ones that the file itself quantizes."""
+    model = onnx.load(integer_convolution)
+    kept = [item for item in model.graph.initializer if item.name != "w"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, numpy_helper.from_array(np.zeros((4, 3, 3, 3), np.float32), "float w")])
+    model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["float w", "one", "int8 zero"], ["w"]))
+    onnx.save(model, integer_convolution)
+    assert sums_can_saturate(integer_convolution)
 
 
 def test_only_others_count_as_other_load(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
@@ -110,31 +109,43 @@ def has_integer_convolutions(path: Path) -> bool:
 
 
 def sums_can_saturate(path: Path) -> bool:
-    """Whether weights are so large that integer kernels of x86 processors without VNNI add their products wrongly.
+    """Whether weights may be so large that integer kernels of x86 processors without VNNI add their products wrongly.
 
-    Those add two neighbours' in 16 bits. Unsigned weights take other kernels.
+    Those add the products of two neighbours in 16 bits. Weights of which the file does not say what they are may.
     """
     graph = load_onnx(path).graph
-    signed = {item.name: item for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
-    weights = {
-        node.output[0]: signed[node.input[0]]
-        for node in graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in signed
-    }
-    return any(
-        _exceeds(node, onnx.numpy_helper.to_array(weights[node.input[1]]))
-        for node in graph.node
-        if node.op_type in INTEGER_SUMS and node.input[1] in weights
-    )
+    constants = {item.name: item for item in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        dequantize = producers.get(node.input[1]) if node.op_type in INTEGER_SUMS else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        parts = _stored_parts(dequantize.input[0], producers)
+        if any(part not in constants or _exceeds(node, constants[part]) for part in parts):
+            return True
+    return False
 
 
-def _exceeds(node: onnx.NodeProto, weight: NDArray[np.int8]) -> bool:
-    """Whether two weights that one operator adds in 16 bits are too large for that."""
+def _stored_parts(integers: str, producers: Mapping[str, onnx.NodeProto]) -> list[str]:
+    """The tensors that integers are put together from, output channels as wholes: constants, if the file has them."""
+    node = producers.get(integers)
+    if node is None or node.op_type not in ("Cast", "Concat", "Gather"):
+        return [integers]
+    taken = node.input if node.op_type == "Concat" else node.input[:1]
+    return [part for name in taken for part in _stored_parts(name, producers)]
+
+
+def _exceeds(node: onnx.NodeProto, stored: onnx.TensorProto) -> bool:
+    """Whether two of the weights that one operator adds in 16 bits are too large for that. Unsigned ones always fit."""
+    if stored.data_type != onnx.TensorProto.INT8:
+        return False
+    weight = onnx.numpy_helper.to_array(stored).astype(np.int16)
     if node.op_type != "Conv":
-        return bool((np.abs(weight.astype(int)) > LARGEST_PAIR // 2).any())  # in whichever order they are taken
-    if weight.shape[1] == 1 and len(weight) == next((item.i for item in node.attribute if item.name == "group"), 1):
+        return bool((np.abs(weight) > LARGEST_PAIR // 2).any())  # in whichever order they are taken
+    groups = next((item.i for item in node.attribute if item.name == "group"), 1)
+    if weight.shape[1] == 1 and groups >= len(weight):
         return False  # depthwise convolutions add in 32 bits
-    in_order = np.moveaxis(weight.astype(int), 1, -1).reshape(len(weight), -1)
+    in_order = np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
     pairs = np.pad(in_order, ((0, 0), (0, in_order.shape[1] % 2))).reshape(len(weight), -1, 2)
     return bool(max(pairs.clip(min=0).sum(axis=2).max(), -pairs.clip(max=0).sum(axis=2).min()) > LARGEST_PAIR)
 

@@ -55,7 +55,7 @@ class Gptq:
     its amount, and objects would lose confidence.
 
     With `fit_pairs`, channels of 8 bits are rounded again at larger scales where two neighbours exceed what integer
-    kernels add exactly; `fit_pair_sums`, which must follow, sees to what is left after `FIT_TRIALS`.
+    kernels add exactly; `fit_pair_sums` after it sees to what is left after `FIT_TRIALS`.
 
     With `centred`, inputs are taken as differences from their mean: what a change of weights does to the
     mean is left to the bias correction that must follow.
@@ -158,9 +158,11 @@ class Gptq:
     ) -> tuple[Tensor, Tensor]:
         """Rounded weights and scales, channels with neighbours that exceed `LARGEST_PAIR` anew at larger scales.
 
-        `shape` is that of the convolution's weight.
+        Each of these is rounded for itself. `shape` is that of the convolution's weight.
         """
         at_one_scale, start = replace(self, scale_factors=(1.0,)), chosen
+        lowest, highest = ((chosen * limit)[:, :, None] for limit in weight_range(bits))
+        weight = torch.maximum(torch.minimum(weight, highest), lowest)  # what was cut stays cut
         for _ in range(FIT_TRIALS):
             largest = largest_pair((rounded / chosen[:, :, None]).reshape(shape)).reshape(chosen.shape)
             exceeds = largest > LARGEST_PAIR

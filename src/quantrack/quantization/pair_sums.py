@@ -3,7 +3,7 @@
 x86 processors with AVX2 and without VNNI multiply unsigned activations by signed weights and add two neighbouring
 products in 16 bits, cutting what does not fit (`vpmaddubsw`; ONNX Runtime's documentation of quantization, on U8S8).
 It does not fit where two large weights of one sign meet. The usual remedies are 7 bits for all weights
-(`reduce_range`) and kernels that take half as much time again; a scale that is a little larger does with both.
+(`reduce_range`) and kernels that take half as much time again; with a scale that is a little larger neither is needed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     QuantizedConvolution,
     channel_bits,
+    clamp_integers,
     fake_quantize,
     quantized_layers,
     set_weight_scale,
+    shaped,
     weight_scale,
 )
 from quantrack.schemes import LARGEST_PAIR
@@ -46,17 +48,18 @@ class FitPairSums:
 
 def fit_pair_sums(layer: QuantizedConvolution) -> Tensor:
     """Make one layer's weights fit, in place; by how much each channel's scale was raised, [O]."""
-    bits, before, weight = channel_bits(layer), weight_scale(layer), layer.weight.detach()
+    bits, before = channel_bits(layer), weight_scale(layer)
+    step = before.reshape(-1, 1, 1, 1)
+    weight = clamp_integers(layer.weight.detach() / step, shaped(bits, -1, 1, 1, 1)) * step  # what was cut stays cut
     scale = before.clone()
     while True:  # ends: a channel whose scale has doubled has no weight beyond 64
         largest = largest_pair(fake_quantize(weight, scale, bits) / scale.reshape(-1, 1, 1, 1))
-        if bool((largest <= LARGEST_PAIR).all()):
+        exceeds = largest > LARGEST_PAIR
+        if not exceeds.any():
             break
-        raise_by = (largest / LARGEST_PAIR).clamp_min(SMALLEST_RAISE)
-        scale = torch.where(largest > LARGEST_PAIR, scale * raise_by, scale)
-    raised = scale > before
+        scale = torch.where(exceeds, scale * (largest / LARGEST_PAIR).clamp_min(SMALLEST_RAISE), scale)
     rounded = fake_quantize(weight, scale, bits)
-    layer.weight.data.copy_(torch.where(raised.reshape(-1, 1, 1, 1), rounded, weight))
+    layer.weight.data.copy_(torch.where((scale > before).reshape(-1, 1, 1, 1), rounded, layer.weight))
     set_weight_scale(layer, scale)
     return scale / before
 
@@ -64,13 +67,20 @@ def fit_pair_sums(layer: QuantizedConvolution) -> Tensor:
 def largest_pair(integers: Tensor) -> Tensor:
     """The largest sum of two neighbours of one sign among each output channel's weights [O, I/g, kh, kw], shape [O].
 
-    Neighbours are the input channels 0 and 1, 2 and 3, ... at one place of the kernel: integer kernels take
-    them in channels-last order.
+    Integer kernels take weights in channels-last order, so neighbours are the input channels 0 and 1, 2 and 3, ...
+    at one place of the kernel. Of an odd number of channels the last has the next place's first for a neighbour, or,
+    where channels are filled up to an even number, none.
     """
-    even = functional.pad(integers.round(), (0, 0, 0, 0, 0, integers.shape[1] % 2))
-    pairs = even.reshape(even.shape[0], -1, 2, *even.shape[2:])
-    upwards, downwards = pairs.clamp_min(0).sum(dim=2), (-pairs).clamp_min(0).sum(dim=2)
-    return torch.maximum(upwards, downwards).flatten(1).amax(dim=1)
+    in_order = integers.round().permute(0, 2, 3, 1)
+    largest = _largest_of_two(in_order.flatten(1))
+    if in_order.shape[-1] % 2:
+        largest = torch.maximum(largest, _largest_of_two(functional.pad(in_order, (0, 1)).flatten(1)))
+    return largest
+
+
+def _largest_of_two(in_order: Tensor) -> Tensor:
+    pairs = functional.pad(in_order, (0, in_order.shape[1] % 2)).reshape(len(in_order), -1, 2)
+    return torch.maximum(pairs.clamp_min(0).sum(dim=2), (-pairs).clamp_min(0).sum(dim=2)).amax(dim=1)
 
 
 def is_depthwise(layer: QuantizedConvolution) -> bool:

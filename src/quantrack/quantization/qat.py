@@ -8,6 +8,7 @@ arXiv:1503.02531; Mishra & Marr, arXiv:1711.05852).
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.detector.student import Student
 from quantrack.errors import UsageError
 from quantrack.quantization.divergence import divergence
-from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
 
 FEATURE_WEIGHT = 1.0
@@ -93,3 +95,10 @@ def new_student(job: QuantizationJob, settings: Qat, auxiliary: tuple[nn.Module,
 def take_over_student(job: QuantizationJob, student: Student) -> None:
     """Give the job's quantized model what the student has learned."""
     take_over(job.model, trainable_layers(student.network))
+
+
+def suit_integer_kernels(job: QuantizationJob) -> StepReport:
+    """Raise scales again where training has let weights outgrow what integer kernels add exactly."""
+    began = time.perf_counter()
+    figures = FitPairSums().apply(job)
+    return StepReport(FitPairSums.__name__, time.perf_counter() - began, figures)

@@ -151,12 +151,14 @@ def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:
 
 
 def _with_fitting_pairs(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps so that weights fit in pairs; the last to change weights sees to what others leave."""
-    steps = tuple(replace(step, fit_pairs=True) if isinstance(step, Gptq) else step for step in steps)
-    if FitPairSums() in steps:
-        return steps
-    last = len(steps) - isinstance(steps[-1], BiasCorrection)
-    return (*steps[:last], FitPairSums(), *steps[last:])
+    """The steps so that weights fit in pairs: GPTQ sees to it, and a step after all that change weights."""
+    kept = tuple(
+        replace(step, fit_pairs=True) if isinstance(step, Gptq) else step
+        for step in steps
+        if not isinstance(step, FitPairSums)
+    )
+    last = len(kept) - any(isinstance(step, BiasCorrection) for step in kept[-1:])
+    return (*kept[:last], FitPairSums(), *kept[last:])
 
 
 def step_name(step: Step) -> str:

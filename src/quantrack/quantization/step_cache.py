@@ -46,6 +46,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
             str(torch.get_num_threads()),
             *(f"{name} {version(name)}" for name in ("torch", "brevitas", "ultralytics")),
             *(file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))),
+            file_digest(PACKAGE / "schemes.py"),
         ]
     )
     keys = []

@@ -74,7 +74,7 @@ def settings_for(path: Path) -> SessionSettings:
     a quantized file without integer kernels, where they save a fifth of the time.
     """
     if has_integer_convolutions(path):
-        return SessionSettings(exact_sums=sums_can_saturate(path) and not sums_are_exact())
+        return SessionSettings(exact_sums=not sums_are_exact() and sums_can_saturate(path))
     return SessionSettings(fold_weights=has_quantizers(path))
 
 

@@ -47,6 +47,7 @@ def run_digest(
         parts += [repr(fetch_plan(settings.plan).record())] if settings.plan else []
     parts += [repr(sorted(installed_versions().items()))]
     parts += [file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))]
+    parts.append(file_digest(PACKAGE / "schemes.py"))
     return combined_digest(parts)
 
 

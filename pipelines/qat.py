@@ -25,7 +25,7 @@ from quantrack.runtime.variants import FULL
 from quantrack.schemes import one_scale_for, parse_mode
 from quantrack.settings import QatSettings, parse_settings
 from quantrack.tracking.children import Children
-from quantrack.tracking.log import log_inputs, log_settings
+from quantrack.tracking.log import log_inputs, log_settings, log_step
 from quantrack.tracking.quantized import prove_and_log
 from quantrack.tracking.read import require_run
 from quantrack.tracking.record import run_digest
@@ -89,6 +89,8 @@ def train_and_prove(settings: QatSettings) -> None:
 
         take_over_student(job, student)
         reports = (suit_integer_kernels(job),) if settings.placement == FULL else ()
+        for place, report in enumerate(reports, 1):
+            log_step(place, report)
         recipe = f"{start.data.tags['recipe']}-qat"
         proof = prove_and_log(job, detector, evaluation_set, settings, reports, recipe, "qat")
         log_gain(start, proof, evaluation_set)

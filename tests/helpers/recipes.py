@@ -1,4 +1,4 @@
-"""The default recipe without its plan: for networks without a detection head, and where planning only takes time."""
+"""Recipes for networks without a detection head, where nothing says what bits cost."""
 
 from quantrack.quantization.recipe import parse_recipe
 

@@ -1,6 +1,5 @@
 """Exported graphs: structure, parity with PyTorch, facts; on architectures with random weights."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from recipes import DEFAULT_BY_ROLE
 
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.detector.load import Detector, load_detector
@@ -17,7 +15,7 @@ from quantrack.onnx.export import OPSET
 from quantrack.onnx.files import ExportedFiles, export_float_files, export_quantized_files
 from quantrack.onnx.inspect import ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.job import QuantizationJob, Step, new_job
+from quantrack.quantization.job import QuantizationJob, new_job
 from quantrack.quantization.recipe import RECIPES
 from quantrack.schemes import parse_mode
 
@@ -28,20 +26,20 @@ def facts_of(detector: Detector, mode: str) -> ModelFacts:
     return ModelFacts(detector.name, detector.digest, detector.head, SIZE, mode, "test", detector.class_names, 4.5)
 
 
-def quantized(detector: Detector, mode: str, steps: Sequence[Step], root: Path) -> QuantizationJob:
+def quantized(detector: Detector, mode: str, recipe: str, root: Path) -> QuantizationJob:
     calibration = load_calibration_set("random", 2, root, seed=0)
     job = new_job(detector, parse_mode(mode), calibration, SIZE, torch.device("cpu"), seed=0)
-    apply_recipe(job, steps)
+    apply_recipe(job, RECIPES[recipe])
     return job
 
 
-def exported(detector: Detector, mode: str, steps: Sequence[Step], root: Path, folder: Path) -> ExportedFiles:
-    return export_quantized_files(quantized(detector, mode, steps, root).model, facts_of(detector, mode), folder)
+def exported(detector: Detector, mode: str, recipe: str, root: Path, folder: Path) -> ExportedFiles:
+    return export_quantized_files(quantized(detector, mode, recipe, root).model, facts_of(detector, mode), folder)
 
 
 def test_naive_yolov10m_has_the_design_documents_graph(coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10m.yaml", "one2many", SIZE, 0, False)
-    files = exported(detector, "w4a8", RECIPES["naive"], coco_root, tmp_path)
+    files = exported(detector, "w4a8", "naive", coco_root, tmp_path)
     assert files.plain.name == "yolov10m-w4a8-qcdq-ptq.onnx"
     assert files.optimized.name == "yolov10m-w4a8-qcdq-ptq-opt.onnx"
     counted = {name: files.plain_nodes[name] for name in ("QuantizeLinear", "DequantizeLinear", "Clip", "Conv")}
@@ -50,21 +48,10 @@ def test_naive_yolov10m_has_the_design_documents_graph(coco_root: Path, tmp_path
     assert files.optimized_nodes["DequantizeLinear"] == 236
 
 
-@pytest.mark.parametrize(
-    ("architecture", "steps"),
-    [
-        ("yolov8n.yaml", DEFAULT_BY_ROLE),  # planning rounds all weights five times: of the two strangest only
-        ("yolo11n.yaml", DEFAULT_BY_ROLE),
-        ("yolov9t.yaml", RECIPES["default"]),
-        ("yolo26n.yaml", RECIPES["default"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_other_architectures_export_and_run(
-    architecture: str, steps: Sequence[Step], coco_root: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("architecture", ["yolov8n.yaml", "yolo11n.yaml", "yolov9t.yaml", "yolo26n.yaml"])
+def test_other_architectures_export_and_run(architecture: str, coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector(architecture, "one2many", SIZE, 0, False)
-    job = quantized(detector, "w4a8", steps, coco_root)
+    job = quantized(detector, "w4a8", "default", coco_root)
     files = export_quantized_files(job.model, facts_of(detector, "w4a8"), tmp_path)
     image = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     outputs = ort.InferenceSession(str(files.optimized)).run(None, {"images": image})
@@ -78,7 +65,7 @@ def test_other_architectures_export_and_run(
 @pytest.mark.parametrize(("mode", "activations"), [("w8a16", 0), ("w4a16", 0), ("w8a8", 82), ("w4a8", 82)])
 def test_modes_of_the_one_to_one_head(mode: str, activations: int, coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2one", SIZE, 0, False)
-    files = exported(detector, mode, DEFAULT_BY_ROLE, coco_root, tmp_path)
+    files = exported(detector, mode, "default", coco_root, tmp_path)
     assert files.plain_nodes.get("QuantizeLinear", 0) == activations
     assert files.plain_nodes["DequantizeLinear"] == 82 + activations
     model = onnx.load(files.optimized)
@@ -94,7 +81,7 @@ def test_modes_of_the_one_to_one_head(mode: str, activations: int, coco_root: Pa
 
 def test_four_bit_weights_stay_within_seven(coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2many", SIZE, 0, False)
-    files = exported(detector, "w4a8", RECIPES["naive"], coco_root, tmp_path)
+    files = exported(detector, "w4a8", "naive", coco_root, tmp_path)
     weights = [
         onnx.numpy_helper.to_array(tensor)
         for tensor in onnx.load(files.optimized).graph.initializer

@@ -175,5 +175,5 @@ def _state(twin: nn.Module) -> dict[str, Tensor]:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32; processors without its instructions take three times as long."""
+    """Whether bfloat16 is faster than float32; processors without its instructions take longer."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -44,19 +44,18 @@ def _sweep(integers: Tensor, gradient: Tensor, scale: Tensor, hessian: Tensor, b
 
     The gradient of later columns is brought up to date once for all of these, which is many times faster.
     """
-    # columns first, and in NumPy: as below, many steps on small vectors
-    values, slope = (np.ascontiguousarray(_array(tensor).transpose(2, 0, 1)) for tensor in (integers, gradient))
-    grid, curvature = _array(scale), np.ascontiguousarray(_array(hessian).transpose(1, 2, 0))[..., None]
+    # columns in the middle, and in NumPy: as below, many steps on small vectors
+    values, slope = (np.ascontiguousarray(_array(tensor).transpose(0, 2, 1)) for tensor in (integers, gradient))
+    grid, curvature = _array(scale), _array(hessian)
     allowed = tuple(_array(torch.as_tensor(end)) for end in weight_range(bits))
     moved = np.zeros_like(values)
-    for i in range(len(values)):
-        wanted = np.rint(values[i] - slope[i] / (curvature[i, i] * grid)).clip(*allowed)
-        moved[i] = (wanted - values[i]) * grid
-        if moved[i].any():
-            values[i] = wanted
-            slope[i + 1 :] += curvature[i, i + 1 :] * moved[i]
-    integers.copy_(torch.from_numpy(values.transpose(1, 2, 0)))
-    return torch.from_numpy(moved.transpose(1, 2, 0)).to(gradient)
+    for i in range(values.shape[1]):
+        so_far = slope[:, i] + (curvature[:, i, None, :i] @ moved[:, :i]).squeeze(1)
+        wanted = np.rint(values[:, i] - so_far / (curvature[:, i, i, None] * grid)).clip(*allowed)
+        moved[:, i] = (wanted - values[:, i]) * grid
+        values[:, i] = wanted
+    integers.copy_(torch.from_numpy(values.transpose(0, 2, 1)))
+    return torch.from_numpy(moved.transpose(0, 2, 1)).to(gradient)
 
 
 def refined_jointly(

@@ -185,21 +185,28 @@ class Gptq:
         return torch.empty_like(weight).scatter_(2, columns, rounded)
 
     def _round_sorted(self, weight: Tensor, factor: Tensor, scale: Tensor, bits: Bits) -> Tensor:
-        rounded = torch.empty_like(weight)
-        size, allowed = weight.shape[2], weight_range(bits)
-        for start in range(0, size, self.block):
-            stop = min(start + self.block, size)
-            part, errors = weight[:, :, start:stop].clone(), torch.empty_like(weight[:, :, start:stop])
-            own = factor[:, start:stop, start:stop]
+        """Round columns of [G, O/G, D] from first to last.
+
+        What the columns before leave a column to make up for is summed when its turn comes, a block of them is
+        passed on to all later ones at once, and a column's weights lie together: several times faster than
+        bringing all later columns up to date after each.
+        """
+        left = weight.transpose(1, 2).contiguous()
+        rounded = torch.empty_like(left)
+        lowest, highest = (torch.as_tensor(end).to(left) for end in weight_range(bits))
+        for start in range(0, left.shape[1], self.block):
+            stop = min(start + self.block, left.shape[1])
+            own, later = factor[:, start:stop, start:stop], factor[:, start:stop, stop:]
+            errors = torch.empty_like(left[:, start:stop])
             for i in range(stop - start):
-                column = part[:, :, i]
-                nearest = torch.round(column / scale).clamp(*allowed) * scale  # type: ignore[arg-type]
-                rounded[:, :, start + i] = nearest
-                error = (column - nearest) / own[:, i, i, None]
-                part[:, :, i:] -= error[:, :, None] * own[:, None, i, i:]
-                errors[:, :, i] = error
-            weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
-        return rounded
+                so_far = own[:, None, :i, i] @ errors[:, :i]
+                column = left[:, start + i] - so_far.squeeze(1)
+                # in half the time of torch.clamp with tensors
+                nearest = torch.maximum(torch.minimum(torch.round(column / scale), highest), lowest) * scale
+                rounded[:, start + i] = nearest
+                errors[:, i] = (column - nearest) / own[:, i, i, None]
+            left[:, stop:].baddbmm_(later.transpose(1, 2), errors, alpha=-1)
+        return rounded.transpose(1, 2)
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:

@@ -16,7 +16,9 @@ from quantrack.quantization.layers import (
     fake_quantize,
     quantized_layers,
     set_weight_scale,
+    shaped,
     weight_limit,
+    weight_range,
 )
 
 SMALLEST_SCALE = 1e-10
@@ -79,12 +81,17 @@ class MseWeightScales:
 
     def search(self, weight: Tensor, start: Tensor, bits: Bits) -> Tensor:
         """The best of `candidates` shrunken scales for each output channel, shape [O]."""
-        best, least = start, channel_error(weight, start, bits)
-        for shrink in torch.linspace(self.smallest_shrink, 1.0, self.candidates).tolist():
-            error = channel_error(weight, start * shrink, bits)
-            best = torch.where(error < least, start * shrink, best)
+        units = weight.flatten(1) / start[:, None]
+        lowest, highest = (torch.as_tensor(end).to(units) for end in weight_range(shaped(bits, -1, 1)))
+        rounded = torch.empty_like(units)  # one buffer for all candidates
+        best, least = torch.ones_like(start), torch.full_like(start, torch.inf)
+        for shrink in [1.0, *torch.linspace(self.smallest_shrink, 1.0, self.candidates).tolist()]:
+            torch.div(units, shrink, out=rounded).round_()
+            torch.maximum(torch.minimum(rounded, highest, out=rounded), lowest, out=rounded)
+            error = rounded.mul_(shrink).sub_(units).square_().sum(dim=1)
+            best = torch.where(error < least, shrink, best)
             least = torch.minimum(error, least)
-        return best
+        return start * best
 
 
 def min_max_scale(weight: Tensor, bits: Bits) -> Tensor:

@@ -25,7 +25,9 @@ from quantrack.quantization.layers import (
 )
 from quantrack.quantization.observe import ObserveActivations
 from quantrack.quantization.pair_sums import FitPairSums, fit_pair_sums, is_depthwise, largest_pair
+from quantrack.quantization.qat import suit_integer_kernels
 from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
+from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 from quantrack.quantization.weight_scales import MinMaxWeightScales, min_max_scale
 from quantrack.schemes import LARGEST_PAIR
 
@@ -171,6 +173,24 @@ def test_gptq_leaves_depthwise_convolutions_alone(make_job: MakeJob) -> None:
             assert largest_pair(integers(layer)).max() > 64
         else:
             assert largest_pair(integers(of_fitting[name])).max() <= LARGEST_PAIR
+
+
+def test_what_training_has_let_outgrow_it_fits_again(make_job: MakeJob) -> None:
+    job = make_job("w8a8")
+    apply_recipe(job, (InsertQuantizers(), ObserveActivations(), MinMaxWeightScales(), MinMaxActivationRanges()))
+    FitPairSums().apply(job)
+    learned = trainable_layers(trainable_twin(job.model, job.float_model))
+    with torch.no_grad():
+        for learning in learned.values():
+            learning.log_change -= 0.2  # smaller scales, so larger integers where they are not cut
+            learning.units *= 1.2
+    take_over(job.model, learned)
+    wide = [layer for layer in quantized_layers(job.model).values() if not is_depthwise(layer)]
+    assert max(largest_pair(integers(layer)).max() for layer in wide) > LARGEST_PAIR
+    report = suit_integer_kernels(job)
+    assert report.step == "FitPairSums"
+    assert report.figures["channels"] > 0
+    assert max(largest_pair(integers(layer)).max() for layer in wide) <= LARGEST_PAIR
 
 
 @pytest.mark.parametrize("name", ["fast", "default", "best"])

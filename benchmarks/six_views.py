@@ -1,4 +1,4 @@
-"""Tell apart what one view of a few hundred pictures cannot: the six-view tables of docs/accuracy.md.
+"""Tell apart what one view of a few hundred pictures cannot: the six-view tables of docs/accuracy.md and decisions.md.
 
     python benchmarks/six_views.py FLOAT32.onnx DATA_ROOT --name yolov10n-w8a8 W8A8.onnx W8A8-full.onnx
 

@@ -48,7 +48,7 @@ class ActivationRangeSearch:
     cost, on a few pictures, try shrunken ones on the first `images` of the calibration pictures; the best is kept.
 
     The others keep theirs: what clipping costs on pictures that were not seen, the seen ones hide, so that a
-    small gain there is a loss elsewhere (docs/accuracy.md).
+    small gain there is a loss elsewhere (benchmarks/decisions.md).
 
     Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range tried.
     """

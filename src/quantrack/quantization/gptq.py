@@ -191,21 +191,21 @@ class Gptq:
         passed on to all later ones at once, and a column's weights lie together: several times faster than
         bringing all later columns up to date after each.
         """
-        left = weight.transpose(1, 2).contiguous()
-        rounded = torch.empty_like(left)
-        lowest, highest = (torch.as_tensor(end).to(left) for end in weight_range(bits))
-        for start in range(0, left.shape[1], self.block):
-            stop = min(start + self.block, left.shape[1])
+        weight = weight.transpose(1, 2).contiguous()  # in its place, as the largest layers leave little memory
+        rounded = torch.empty_like(weight)
+        lowest, highest = (torch.as_tensor(end).to(weight) for end in weight_range(bits))
+        for start in range(0, weight.shape[1], self.block):
+            stop = min(start + self.block, weight.shape[1])
             own, later = factor[:, start:stop, start:stop], factor[:, start:stop, stop:]
-            errors = torch.empty_like(left[:, start:stop])
+            errors = torch.empty_like(weight[:, start:stop])
             for i in range(stop - start):
                 so_far = own[:, None, :i, i] @ errors[:, :i]
-                column = left[:, start + i] - so_far.squeeze(1)
+                column = weight[:, start + i] - so_far.squeeze(1)
                 # in half the time of torch.clamp with tensors
                 nearest = torch.maximum(torch.minimum(torch.round(column / scale), highest), lowest) * scale
                 rounded[:, start + i] = nearest
                 errors[:, i] = (column - nearest) / own[:, i, i, None]
-            left[:, stop:].baddbmm_(later.transpose(1, 2), errors, alpha=-1)
+            weight[:, stop:].baddbmm_(later.transpose(1, 2), errors, alpha=-1)
         return rounded.transpose(1, 2)
 
 

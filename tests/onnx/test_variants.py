@@ -14,7 +14,8 @@ from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.pair_sums import FitPairSums
-from quantrack.quantization.recipe import parse_recipe, recipe_for
+from quantrack.quantization.range_search import ActivationRangeSearch
+from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
 from quantrack.runtime.parity import measure_parity
 from quantrack.runtime.session import open_session
 
@@ -63,10 +64,22 @@ def test_recipes_for_tensorrt_are_symmetric(name):
     assert len(steps) == len(recipe.steps) - 1
 
 
-def test_full_placement_keeps_one_scale_for_all_channels():
+def test_full_placement_keeps_one_scale_for_all_channels_and_searches_more_ranges():
     recipe = parse_recipe("default")
     steps = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe).steps
     kept = [step for step in recipe.steps if not isinstance(step, ChannelEqualization)]
     assert len(kept) == len(recipe.steps) - 1
     fitting = [replace(step, fit_pairs=True) if isinstance(step, Gptq) else step for step in kept]
-    assert steps == (*fitting[:-1], FitPairSums(), fitting[-1])
+    searching = [
+        ActivationRangeSearch(least_share=0.01) if step == ActivationRangeSearch() else step for step in fitting
+    ]
+    assert searching != fitting
+    assert steps == (*searching[:-1], FitPairSums(), searching[-1])
+
+
+@pytest.mark.parametrize(("equalized", "given", "used"), [(True, 0.1, 0.01), (True, 0.0, 0.0), (False, 0.1, 0.1)])
+def test_full_placement_searches_more_only_in_the_place_of_equalized_channels(equalized, given, used):
+    equalization = (ChannelEqualization(),) if equalized else ()
+    own = Recipe("own", (InsertQuantizers(), *equalization, ActivationRangeSearch(least_share=given)))
+    full = recipe_for({"target": "onnxruntime", "placement": "full"}, own).steps
+    assert full == (InsertQuantizers(), ActivationRangeSearch(least_share=used), FitPairSums())

@@ -48,7 +48,8 @@ class ActivationRangeSearch:
     cost, on a few pictures, try shrunken ones on the first `images` of the calibration pictures; the best is kept.
 
     The others keep theirs: what clipping costs on pictures that were not seen, the seen ones hide, so that a
-    small gain there is a loss elsewhere (benchmarks/decisions.md).
+    small gain there is a loss elsewhere (benchmarks/decisions.md). Where channels are not equalized, more of them
+    gain (docs/accuracy.md).
 
     Time: a part of a pass over the few pictures for each layer, and of one over `images` for each range tried.
     """

@@ -85,6 +85,8 @@ class Recipe:
         return replace(self, steps=others if plan is None else (plan, *others))
 
 
+LEAST_SHARE_UNEQUALIZED = 0.01  # `ActivationRangeSearch.least_share` in the place of equalized channels
+
 RECIPES: dict[str, tuple[Step, ...]] = {
     # What quantization without care gives: every convolution, DFL's included, by its range.
     "naive": (
@@ -138,16 +140,28 @@ def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:
     """The recipe as the runtime of a variant (`schemes.VARIANTS`) can use it.
 
     TensorRT takes only activations with zero point 0. Channels are not equalized for kernels that want one scale
-    for all channels of an activation. Integer kernels add weights exactly that fit in pairs.
+    for all channels of an activation; with full placement more ranges are searched then. Integer kernels add weights
+    exactly that fit in pairs.
     """
     steps = recipe.steps
     if variant["target"] == "tensorrt":
         steps = tuple(replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in steps)
+    equalized = any(isinstance(step, ChannelEqualization) for step in steps)
     if one_scale_for(variant):
         steps = tuple(step for step in steps if not isinstance(step, ChannelEqualization))
     if variant["placement"] == "full":
-        steps = _with_fitting_pairs(steps)
+        steps = _with_fitting_pairs(_with_more_ranges_searched(steps) if equalized else steps)
     return recipe if steps == recipe.steps else Recipe(recipe.name, steps)
+
+
+def _with_more_ranges_searched(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps so that ranges shrink which a few channels make wide: what equalizing them does otherwise."""
+    return tuple(
+        replace(step, least_share=min(step.least_share, LEAST_SHARE_UNEQUALIZED))
+        if isinstance(step, ActivationRangeSearch)
+        else step
+        for step in steps
+    )
 
 
 def _with_fitting_pairs(steps: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -60,15 +60,18 @@ def test_bits_by_role(real_inputs: Path, store: Path, mode: str) -> None:
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
 
-def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path) -> None:
+@pytest.mark.parametrize("placement", ["inputs", "full"])
+def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, store: Path, placement: str) -> None:
     run = measure(
         real_inputs, store, "ptq", "--mode", "w4a8", "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8",
-        "--plan-by", "channel", "--weight-storage", "int4",
+        "--plan-by", "channel", "--weight-storage", "int4", *(INTEGER_KERNELS if placement == "full" else ()),
     )  # fmt: skip
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.42
     assert times_float32(run, "onnx_mb") < 0.26
+    if placement == "full":
+        assert_integer_kernels(run)
 
 
 @pytest.mark.parametrize("bits", ["4,7", "4,8"])

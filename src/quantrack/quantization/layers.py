@@ -45,7 +45,7 @@ class Clamp(nn.Module):
         return torch.maximum(torch.minimum(x, max_val), min_val)  # in half the time of torch.clamp with tensors
 
 
-class QuantizeInPlace(QuantizeToIntegers):  # type: ignore[misc]  # Brevitas is untyped
+class QuantizeInPlace(QuantizeToIntegers):
     """The bits that Brevitas' `IntQuant` gives; without gradients in one buffer, in a quarter of the time."""
 
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:

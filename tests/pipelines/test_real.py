@@ -10,7 +10,7 @@ from mlflow.entities import Run
 pytestmark = pytest.mark.real
 # benchmarks/accuracy_table.py takes the whole list, and three times as long.
 CALIBRATION = "16"
-INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "20")  # for a median that a slow moment does not move
+INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50")  # five turns, whose median a slow one does not move
 SLOWEST = 0.8  # times float32, with integer kernels: 0.55 where they were made, but the other worker disturbs
 
 

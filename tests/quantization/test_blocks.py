@@ -34,10 +34,11 @@ from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
 from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
-from quantrack.quantization.job import KeptTime, QuantizationJob, first_pictures, new_job
+from quantrack.quantization.job import KeptTime, QuantizationJob, Step, first_pictures, new_job
 from quantrack.quantization.layers import (
     activation_quantization,
     bits_per_channel,
+    fake_quantize,
     layer_plan,
     quantized_layers,
     set_activation_range,
@@ -57,7 +58,7 @@ from quantrack.quantization.sensitivity import (
 from quantrack.quantization.state import model_of_state, model_state
 from quantrack.quantization.step_cache import save_step, step_keys
 from quantrack.quantization.trainable import FakeQuantize, take_over, trainable_layers, trainable_twin
-from quantrack.quantization.weight_scales import MseWeightScales
+from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
 from quantrack.schemes import parse_mode
 
 SIDE = 160
@@ -401,6 +402,27 @@ def test_channels_keep_to_bits_of_their_own(job: QuantizationJob) -> None:
     again = model_of_state(model_state(planned.model), planned.float_model)
     for name, layer in quantized_layers(again).items():
         assert layer_plan(layer) == layer_plan(quantized_layers(planned.model)[name])
+
+
+@pytest.mark.parametrize("scales", [MinMaxWeightScales(), MseWeightScales(), PercentileWeightScales(percentile=90)])
+def test_scales_alone_keep_channels_to_their_bits(job: QuantizationJob, scales: Step) -> None:
+    names = [name for name, role in convolution_roles(job.model).items() if role is not Role.DFL]
+    channels = {name: job.model.get_submodule(name).weight.shape[0] for name in names}
+    plan = BitPlan(job.model_digest, {name: tuple(3 + i % 5 for i in range(count)) for name, count in channels.items()})
+    planned = replace(job, plan=plan)
+    apply_recipe(planned, (InsertQuantizers(), scales))
+    copies = copy.deepcopy(planned.model), model_of_state(model_state(planned.model), planned.float_model)
+    for model in (planned.model, *copies):
+        for name, layer in quantized_layers(model).items():
+            bits, scale = torch.tensor(plan.bits[name]), weight_scale(layer)
+            expected = fake_quantize(layer.weight, scale, bits)
+            torch.testing.assert_close(layer.quant_weight().value, expected, rtol=1e-5, atol=0)
+            with torch.enable_grad():
+                torch.testing.assert_close(layer.quant_weight().value, expected, rtol=1e-5, atol=0)
+            integers = torch.round(layer.quant_weight().value.flatten(1) / scale[:, None])
+            lowest, highest = weight_range(bits)
+            assert (integers.amin(dim=1) >= lowest).all()
+            assert (integers.amax(dim=1) <= highest).all()
 
 
 def test_a_plan_of_other_channels_is_refused(job: QuantizationJob) -> None:

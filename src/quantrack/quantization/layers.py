@@ -61,10 +61,27 @@ class QuantizeInPlace(QuantizeToIntegers):
         return y.sub_(zero_point).mul_(scale)
 
 
+class QuantizeChannels(QuantizeInPlace):
+    """As `QuantizeInPlace`, of weights [O, I/g, kh, kw] whose output channels may each have bits of their own."""
+
+    lowest: Tensor
+    highest: Tensor
+
+    def keep_to(self, bits: Tensor) -> None:
+        """Take no integer beyond each channel's bits [O], of which Brevitas knows only the most."""
+        for name, limit in zip(("lowest", "highest"), weight_range(bits.reshape(-1, 1, 1, 1)), strict=True):
+            self.register_buffer(name, limit.float(), persistent=False)
+
+    def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
+        if "lowest" in self._buffers:
+            x = torch.maximum(torch.minimum(x, self.highest * scale), self.lowest * scale)
+        return super().forward(scale, zero_point, bit_width, x)
+
+
 class WeightPerChannel(IntQuant, PerChannelFloatScaling8bit, WeightQuantSolver):
     """Weights with zero point 0 and one scale per output channel, in the range of `weight_range`."""
 
-    int_quant = QuantizeInPlace
+    int_quant = QuantizeChannels
     scaling_impl_type = ScalingImplType.PARAMETER
     scaling_init = UNSET
     tensor_clamp_impl = Clamp
@@ -99,8 +116,7 @@ class QuantizedConvolution(qnn.QuantConv2d):
     """Brevitas' convolution, of an input whose channels are multiplied by `input_scale` [1, I, 1, 1] first.
 
     None, where no step has equalized channels: the input is taken as it is. `channel_bits` [O] are the bits of each
-    output channel's weights, None where all have those of the quantizer. Brevitas knows only these: that the
-    channels keep to their own is up to the steps.
+    output channel's weights, None where all have those of the quantizer.
     """
 
     input_scale: Tensor | None
@@ -167,6 +183,7 @@ def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> QuantizedConvolu
     twin.bias = convolution.bias
     if plan.channel_bits is not None:
         twin.channel_bits = torch.tensor(plan.channel_bits)
+        twin.weight_quant.tensor_quant.int_quant.keep_to(twin.channel_bits)
     twin.to(convolution.weight.device).eval().requires_grad_(False)
     return twin
 

@@ -55,15 +55,19 @@ def main(
     data_root: Annotated[Path, typer.Argument(help="Data root with annotated train2017 pictures.")],
     name: Annotated[str, typer.Option(help="Name of the result files.")],
     avg_bits: Annotated[float, typer.Option(help="Budget of the bit plan.")] = 4.5,
+    only: Annotated[str, typer.Option(help="Names of rungs to measure anew, as 1-nearest,3-gptq; others stay.")] = "",
 ) -> None:
-    """Measure the ladder and write the table."""
+    """Measure the ladder, or some of its rungs, and write the table."""
+    rungs = [rung for rung in LADDER if not only or rung.name in only.split(",")]
+    if unknown := set(only.split(",")) - {"", *(rung.name for rung in LADDER)}:
+        raise typer.BadParameter(f"only={only}: no rung {', '.join(sorted(unknown))}; give names as in LADDER")
     with tempfile.TemporaryDirectory() as folder:
         development = development_root(data_root.resolve(), Path(folder))
         shared = {
             "model": model, "data_root": str(development), "mode": "w4a8", "avg_bits": str(avg_bits),
             "eval_images": "0", "latency_runs": str(LATENCY_RUNS),
         }  # fmt: skip
-        for number, rung in enumerate(LADDER):
+        for number, rung in enumerate(rungs):
             recipe = Path(folder) / f"{rung.name}.yaml"
             recipe.write_text(rung.text())
             submitted = mlflow.projects.run(
@@ -71,7 +75,7 @@ def main(
                 experiment_name=f"ablation-{name}",
             )  # fmt: skip
             run = mlflow.get_run(submitted.run_id)
-            text = add_result(run, f"ablation-{name}", LATENCY_RUNS, anew=number == 0)
+            text = add_result(run, f"ablation-{name}", LATENCY_RUNS, anew=not only and number == 0)
     print(text)
 
 

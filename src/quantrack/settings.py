@@ -391,7 +391,7 @@ class PromoteSettings:
     to: str = _setting("champion", "champion, or challenger to leave the champion as it is.")
     rollback: bool = _setting(False, "Swap champion and previous instead; takes no run.")
     max_drop: float = _setting(5.0, "Points that the upper end of the drop's 95 % interval may reach; 0 = any.")
-    max_latency_ratio: float = _setting(0.0, "Median latency over the float32 run's on the same processor; 0 = any.")
+    max_latency_ratio: float = _setting(0.0, "Most latency, as a multiple of float32's timed in turns; 0 = any.")
     max_mb: float = _setting(0.0, "Size of the ONNX file in 10^6 bytes; 0 = any.")
     min_map: float = _setting(0.0, "Least mAP50-95, a fraction; 0 = any.", name="min_mAP")
     max_parity: float = _setting(0.02, "Mean difference between PyTorch and ONNX Runtime; 0 = any.")

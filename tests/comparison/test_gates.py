@@ -48,6 +48,13 @@ CASES = {
         RUN, Limits(max_latency_ratio=1.2),
         "max_latency_ratio: latency_ms_p50 over the float32 run's is 1.5, limit 1.2",
     ),
+    "latency in turns": (
+        with_metrics(latency_ratio=1.3), Limits(max_latency_ratio=1.2),
+        "max_latency_ratio: latency_ratio to float32, timed in turns, is 1.3, limit 1.2",
+    ),
+    "latency in turns is no number": (
+        with_metrics(latency_ratio=float("nan")), Limits(max_latency_ratio=2), "is missing or not finite, limit 2",
+    ),
     "size": (RUN, Limits(max_mb=2.5), "max_mb: onnx_mb is 2.77, limit 2.5"),
     "accuracy": (RUN, Limits(min_map=0.5), "min_mAP: mAP50-95 is 0.44, limit 0.5"),
     "parity": (RUN, Limits(max_parity=0.001), "max_parity: parity_mean_abs is 0.003, limit 0.001"),
@@ -94,6 +101,11 @@ def test_limits_may_be_reached() -> None:
     limits = Limits(max_drop=4.1, max_latency_ratio=1.5, max_mb=2.77, min_map=0.44, max_parity=0.003)
     assert reasons(RUN, limits) == ""
     assert len(judge(RUN, None, limits).gates) == 4 + 5
+
+
+def test_a_slow_hour_of_the_machine_refuses_no_model() -> None:
+    slow_hour = with_metrics(latency_ratio=0.7, latency_ms_p50=60.0)  # 1.5 times the baseline's median, of another hour
+    assert reasons(slow_hour, Limits(max_latency_ratio=1)) == ""
 
 
 def test_every_failed_gate_is_named() -> None:

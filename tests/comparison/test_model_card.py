@@ -30,6 +30,20 @@ def test_card_says_what_it_is_and_on_what_it_was_measured() -> None:
     assert "python" not in card.split("versions:")[1].split("\n")[0]
 
 
+def test_card_of_a_trained_packed_file_of_integer_kernels() -> None:
+    own = {"entry_point": "qat", "ptq_run_id": "9" * 32, "placement": "full", "weight_storage": "int4"}
+    card = model_card("watch", replace(RUN, tags=TAGS | own), MEASUREMENT)
+    assert card.startswith("# yolov10m W4A8 full int4\n")
+    for part in (
+        "quantization-aware training with 4-bit", "(QuantizeLinear-DequantizeLinear)",
+        f"`recipe.yaml` of run {'9' * 32}, then", "without optimization, every quantizer in float",
+        "computes this file on integers", "fit into 4 bits are stored as INT4",
+    ):  # fmt: skip
+        assert part in card, part
+    for wrong in ("post-training", "stored as INT8 whose", "need not be faster", "in PyTorch", "Clip"):
+        assert wrong not in card, wrong
+
+
 def test_card_of_eight_bits_and_float_activations() -> None:
     card = model_card("watch", replace(RUN, tags=TAGS | {"mode": "w8a16"}, baseline=None), MEASUREMENT)
     assert "8-bit weights and float activations" in card

@@ -102,7 +102,7 @@ def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, s
     assert refusal.info.status == "FAILED"
     reason = refusal.data.tags["failure_reason"]
     assert f"error: {reason}" in done.stderr.splitlines()
-    assert reason.startswith("refused: max_latency_ratio: latency_ms_p50 over the float32 run's is ")
+    assert reason.startswith("refused: max_latency_ratio: latency_ratio to float32, timed in turns, is ")
     size, accuracy = ptq_run.data.metrics["onnx_mb"], ptq_run.data.metrics["mAP50-95"]
     assert f"; max_mb: onnx_mb is {size:.6g}, limit 0.2; min_mAP: mAP50-95 is {accuracy:.6g}, limit 0.99" in reason
     assert not is_registered("refused")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, SIZE, ComparisonKey
+from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, LATENCY_RATIO, SIZE, ComparisonKey
 from quantrack.errors import QuantrackError
 
 DROP_HIGH, PARITY = "mAP50-95_drop_ci_high", "parity_mean_abs"
@@ -147,7 +147,10 @@ def _absent(gate: str, what: str, limit: float) -> GateResult:
 
 
 def _latency_ratio(run: MeasuredRun, limit: float) -> GateResult:
+    """By the ratio that was timed in turns; two runs' medians, of a fast and a slow hour maybe, where there is none."""
     gate, what, baseline = "max_latency_ratio", f"{LATENCY} over the float32 run's", run.baseline
+    if LATENCY_RATIO in run.metrics:
+        return _at_most(gate, f"{LATENCY_RATIO} to float32, timed in turns,", run.metrics[LATENCY_RATIO], limit)
     if baseline is None:
         return _absent(gate, f"{what} (no run behind the tag baseline_run_id)", limit)
     for tag in ("device_name", "provider"):

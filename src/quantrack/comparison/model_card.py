@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantrack.comparison.gates import MeasuredRun
-from quantrack.comparison.runs import ACCURACY, LATENCY, SIZE
-from quantrack.schemes import Scheme, parse_mode
+from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, SIZE
+from quantrack.schemes import Scheme, parse_mode, variant_words
 
 MAX_DESCRIPTION = 5000  # what MLflow keeps of a version's description
 ROWS = (
@@ -17,10 +17,11 @@ ROWS = (
     ("mAP50-95_drop_ci_low", "drop, lower end of its 95 % interval", "{:.2f}"),
     ("mAP50-95_drop_ci_high", "drop, upper end of its 95 % interval", "{:.2f}"),
     (LATENCY, "median latency, ms", "{:.1f}"),
+    (LATENCY_RATIO, "latency, times float32's in turns", "{:.2f}"),
     (SIZE, "ONNX file, MB", "{:.2f}"),
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
     ("weight_bits_stored_avg", "average bits in ONNX's INT4 and INT8 types", "{:.2f}"),
-    ("parity_mean_abs", "mean difference to PyTorch", "{:.1e}"),
+    ("parity_mean_abs", "mean difference to the reference", "{:.1e}"),
 )
 LIBRARIES = ("quantrack", "brevitas", "ultralytics", "torch", "onnx", "onnxruntime-gpu")
 
@@ -53,17 +54,20 @@ def model_card(name: str, run: MeasuredRun, measurement: Measurement) -> str:
 def family_description(run: MeasuredRun) -> str:
     """A line for the registered model, which holds all versions."""
     return (
-        f"{run.tags['model_name']} quantized by Quantrack, as QCDQ ONNX for ONNX Runtime. The alias `champion` is the "
+        f"{run.tags['model_name']} quantized by Quantrack, as ONNX with quantizers for ONNX Runtime. The alias `champion` is the "
         "version to use, `previous` the one before it, `challenger` one that waits. AGPL-3.0."
     )
 
 
 def _what(run: MeasuredRun) -> str:
-    scheme = parse_mode(run.tags["mode"])
+    scheme, words = parse_mode(run.tags["mode"]), variant_words(run.tags)
+    trained = run.tags.get("entry_point") == "qat"
+    clip = "" if {"int4", "tensorrt"} & set(words) else "-Clip"
     return (
-        f"# {run.tags['model_name']} {scheme.name.upper()}\n\n"
-        f"The object detector {run.tags['model_name']} after post-training quantization to {_bits(scheme)}, exported "
-        "as QCDQ ONNX (QuantizeLinear-Clip-DequantizeLinear) and measured in ONNX Runtime."
+        f"# {' '.join((run.tags['model_name'], scheme.name.upper(), *words))}\n\n"
+        f"The object detector {run.tags['model_name']} after "
+        f"{'quantization-aware training' if trained else 'post-training quantization'} with {_bits(scheme)}, exported "
+        f"as ONNX with quantizers (QuantizeLinear{clip}-DequantizeLinear) and measured in ONNX Runtime."
     )
 
 
@@ -93,14 +97,24 @@ def _measured(run: MeasuredRun, measurement: Measurement) -> str:
         f"- ONNX Runtime provider {tags['provider']} on {tags['device_name']}, {measurement.timed_runs} timed runs, "
         "one picture each, without reading, letterbox or NMS\n"
         f"- versions: {versions}\n"
+        f"- reference of the difference: {_reference(run)}\n"
         f"- run {run.run_id}, commit {tags.get('git_commit', 'unknown')}"
     )
 
 
+def _reference(run: MeasuredRun) -> str:
+    """What `parity_mean_abs` is a difference to (`runtime.variants.reference_for`)."""
+    if run.tags.get("placement") == "full":
+        return "the same file in ONNX Runtime without optimization, every quantizer in float"
+    return "the quantized network in PyTorch"
+
+
 def _quantized(run: MeasuredRun, measurement: Measurement) -> str:
+    start = run.tags.get("ptq_run_id")  # of a qat run
+    steps = f"of run {start}, then trained: `config.yaml` of this one" if start else "of the run"
     return (
         "## Quantized\n\n"
-        f"Recipe `{run.tags['recipe']}` (every step with its settings: `recipe.yaml` of the run), calibrated on "
+        f"Recipe `{run.tags['recipe']}` (every step with its settings: `recipe.yaml` {steps}), calibrated on "
         f"{measurement.calibration_pictures} unlabelled pictures (digest {run.tags['calibration_digest'][:12]}, "
         f"seed {measurement.calibration_seed}); bits of each layer: `layers.json`. "
         f"Checkpoint digest {run.tags['model_digest'][:12]}."
@@ -125,12 +139,21 @@ def _limits(run: MeasuredRun) -> str:
     lines = [
         "- Accuracy holds for these pictures. The interval comes from resampling them: with few pictures it is wide, "
         "and a difference inside it is noise.",
-        "- QCDQ graphs are float kernels around quantizers on most providers: quantized need not be faster. The "
-        "latency is that of the processor named above.",
+        f"- {_kernels(run)} The latency is that of the processor named above.",
         "- The drop is held against the float32 network of the same checkpoint, not against published figures.",
     ]
     if parse_mode(run.tags["mode"]).weight_bits < 8:
-        lines.append(
-            "- Weights below 8 bits are stored as INT8 whose values a Clip bounds: the file is that of 8 bits."
-        )
+        lines.append(f"- {_storage(run)}")
     return "## Limits\n\n" + "\n".join(lines)
+
+
+def _kernels(run: MeasuredRun) -> str:
+    if run.tags.get("placement") == "full":
+        return "ONNX Runtime's CPU provider computes this file on integers, others in float around its quantizers."
+    return "The kernels are float ones around quantizers on most providers: quantized need not be faster."
+
+
+def _storage(run: MeasuredRun) -> str:
+    if run.tags.get("weight_storage") == "int4":
+        return "Weights that fit into 4 bits are stored as INT4 where that saves space, all others as INT8."
+    return "Weights below 8 bits are stored as INT8 whose values a Clip bounds: the file is that of 8 bits."

@@ -15,7 +15,7 @@ ROWS = (
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
     ("latency_ms_p50", "median latency (ms)", "{:.1f}"),
     ("onnx_mb", "file (MB)", "{:.2f}"),
-    ("parity_mean_abs", "mean difference to PyTorch", "{:.2e}"),
+    ("parity_mean_abs", "mean difference to the reference", "{:.2e}"),
 )
 
 

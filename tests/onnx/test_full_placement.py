@@ -375,6 +375,37 @@ def test_operands_of_concat_are_aligned_where_that_costs_less_than_a_bit(narrow,
     assert grids["b"] == grids["c"] == Grid.over(0.0, 10.0)
 
 
+def test_an_operand_that_stays_float_is_not_aligned():
+    graph, ranges = concatenation(6.0)
+    conv_inputs = {"last": ConvInput("c", Grid.over(0.0, 10.0))}
+    grids = assign_grids(graph, tensors_to_quantize(graph, conv_inputs) - {"b"}, conv_inputs, ranges)
+    assert grids["a"] == grids["c"]
+    assert "b" not in grids
+
+
+def test_a_dead_channel_keeps_its_bias(small, observed, tmp_path):
+    source, target = tmp_path / "dead.onnx", tmp_path / "full.onnx"
+    graph = read_graph(small.files("w8a8", placement="full").optimized)
+    first = next(node for node in graph.nodes if node.op_type == "Conv")
+    dequantize = graph.producers[first.input[1]]
+    scale, bias = (graph.array(name).copy() for name in (dequantize.input[1], first.input[2]))
+    integers = graph.array(dequantize.input[0]).copy()
+    scale[0], bias[0], integers[0] = 1e-10, 1.5, 0
+    scale[1], bias[1], integers[1] = 1e-10, -1.5, 3  # and one that is nearly dead
+    dequantize.input[0], dequantize.input[1] = graph.add("weight", integers), graph.add("scale", scale)
+    first.input[2] = graph.add("bias", bias)
+    write_graph(graph, source)
+    place_everywhere(source, target, observed)
+    after = read_graph(target)
+    node = next(node for node in after.nodes if node.op_type == "Conv")
+    of_weight, of_bias = (after.producers[name] for name in node.input[1:3])
+    kept = after.array(of_bias.input[0]) * after.array(of_bias.input[1]).astype(np.float64)
+    np.testing.assert_allclose(kept, bias, atol=1e-4)
+    assert not after.array(of_weight.input[0])[:2].any()
+    np.testing.assert_array_equal(after.array(of_weight.input[0])[2:, :3], integers[2:])
+    np.testing.assert_array_equal(after.array(of_weight.input[1])[2:], scale[2:])
+
+
 def test_grids():
     assert covering(Grid.over(-1, 2), Grid.over(0, 4)) == Grid.over(Grid.over(-1, 2).low, 4)
     assert Grid.over(3.0, 5.0).low == 0.0  # zero is always on the grid

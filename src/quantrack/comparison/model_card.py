@@ -54,8 +54,8 @@ def model_card(name: str, run: MeasuredRun, measurement: Measurement) -> str:
 def family_description(run: MeasuredRun) -> str:
     """A line for the registered model, which holds all versions."""
     return (
-        f"{run.tags['model_name']} quantized by Quantrack, as ONNX with quantizers for ONNX Runtime. The alias `champion` is the "
-        "version to use, `previous` the one before it, `challenger` one that waits. AGPL-3.0."
+        f"{run.tags['model_name']} quantized by Quantrack, as ONNX with quantizers for ONNX Runtime. The alias "
+        "`champion` is the version to use, `previous` the one before it, `challenger` one that waits. AGPL-3.0."
     )
 
 

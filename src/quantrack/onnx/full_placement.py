@@ -29,7 +29,7 @@ from quantrack.onnx.grid_assignment import ALIGN_SHARE, SAME_GRID, ConvInput, as
 from quantrack.onnx.integer_kernels import suit_integer_kernels, take_wholes
 
 BETWEEN_QUANTIZERS = frozenset({SILU, "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
-INT32 = np.iinfo(np.int32)
+LARGEST_BIAS = 2**30  # of the 2**31 that the accumulator holds, so that it holds the products as well
 
 
 def observable_tensors(path: Path) -> tuple[str, ...]:
@@ -168,10 +168,11 @@ def quantizer_pair(tensor: str, constants: Sequence[str], number: int) -> list[o
 
 def _integer_bias(graph: Graph, convolution: onnx.NodeProto, grid: Grid) -> onnx.NodeProto:
     """The bias as INT32 on the accumulator's grid, input scale x weight scale, as QLinearConv wants it."""
-    weight_scale = graph.array(graph.producers[convolution.input[1]].input[1]).astype(np.float64).reshape(-1)
+    dequantize, input_scale = graph.producers[convolution.input[1]], np.float64(np.float32(grid.scale))
     bias = graph.array(convolution.input[2]).astype(np.float64)
-    scale: NDArray[np.float64] = np.float32(grid.scale).astype(np.float64) * weight_scale
-    integers = np.clip(np.rint(bias / scale), INT32.min, INT32.max).astype(np.int32)
+    raise_weight_scales(graph, dequantize, np.abs(bias) / (input_scale * LARGEST_BIAS))
+    scale: NDArray[np.float64] = input_scale * graph.array(dequantize.input[1]).astype(np.float64).reshape(-1)
+    integers = np.rint(bias / scale).astype(np.int32)
     prefix = f"bias{len(graph.initializers)}"
     result = f"{prefix}/dequantized"
     constants = [
@@ -181,3 +182,18 @@ def _integer_bias(graph: Graph, convolution: onnx.NodeProto, grid: Grid) -> onnx
     ]
     convolution.input[2] = result
     return helper.make_node("DequantizeLinear", constants, [result], axis=0)
+
+
+def raise_weight_scales(graph: Graph, dequantize: onnx.NodeProto, least: NDArray[np.float64]) -> None:
+    """Let no output channel's weight scale be below `least` [O]: its bias would not fit into an integer.
+
+    Only a channel that is all but dead has such a scale. Next to its bias, what its weights lose is nothing.
+    """
+    scale = graph.array(dequantize.input[1]).astype(np.float64).reshape(-1)
+    if (scale >= least).all():
+        return
+    integers = graph.array(dequantize.input[0])
+    raised = np.maximum(scale, least).astype(np.float32)
+    factors = (scale / raised).reshape(-1, *(1,) * (integers.ndim - 1))
+    for place, value in enumerate((np.rint(integers * factors).astype(integers.dtype), raised)):
+        dequantize.input[place] = graph.add(f"{dequantize.input[place]}/raised", value)

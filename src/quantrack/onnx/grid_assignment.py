@@ -63,7 +63,7 @@ def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]
         result = node.output[0]
         if node.op_type != "Concat" or result not in groups:
             continue
-        for operand in node.input:
+        for operand in filter(groups.__contains__, node.input):  # others stay float
             own, whole = by_root[groups.root(operand)], by_root[groups.root(result)]
             if own.width >= share * whole.width:
                 root = groups.join(operand, result)

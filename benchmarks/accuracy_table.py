@@ -21,7 +21,7 @@ from quantrack.tracking.environment import cpu_name, device_name, installed_vers
 
 ROOT = Path(__file__).resolve().parents[1]
 STRICT = "benchmarks/recipes/strict.yaml"  # every convolution but DFL's at 4 bits
-# Pictures come in another order and GPTQ draws other positions: what is held against a target has two seeds.
+# Steps draw other positions and values of the same pictures: what is held against a target has two seeds.
 TWICE = (
     {"mode": "w8a16", "recipe": "default"},
     {"mode": "w8a8", "recipe": "default"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from mlflow.entities import Run
 from ptq import ptq
 
 from quantrack.datasets.calibration import CalibrationSet, load_calibration_set
@@ -27,15 +26,17 @@ from quantrack.settings import QatSettings, parse_settings
 from quantrack.tracking.children import Children
 from quantrack.tracking.log import log_inputs, log_settings, log_step
 from quantrack.tracking.quantized import prove_and_log
-from quantrack.tracking.read import require_run
 from quantrack.tracking.record import run_digest
 from quantrack.tracking.run import resumed_run
 from quantrack.tracking.training import (
+    Start,
     log_gain,
     log_training,
     log_training_inputs,
     new_epoch_log,
+    read_start,
     recorded_settings,
+    recorded_start,
     run_to_resume,
     start_state,
     training_folder,
@@ -91,21 +92,26 @@ def train_and_prove(settings: QatSettings) -> None:
         reports = (suit_integer_kernels(job),) if settings.placement == FULL else ()
         for place, report in enumerate(reports, 1):
             log_step(place, report)
-        recipe = f"{start.data.tags['recipe']}-qat"
+        recipe = f"{start.recipe}-qat"
         proof = prove_and_log(job, detector, evaluation_set, settings, reports, recipe, "qat")
         log_gain(start, proof, evaluation_set)
 
 
 def starting_run(
     settings: QatSettings, detector: Detector, evaluation_set: EvaluationSet, calibration: CalibrationSet
-) -> Run:
-    """The PTQ run that was given, or one of the same settings: found finished, or made in a nested run."""
+) -> Start:
+    """The PTQ run that an earlier process of this run took, else the one given, else one of the same settings.
+
+    That is found finished, or made in a nested run.
+    """
+    if start := recorded_start():
+        return start
     if settings.from_run:
-        return require_run(settings.from_run, "from_run")
+        return read_start(settings.from_run)
     children = Children()
     digest = run_digest(settings.ptq, detector, evaluation_set, calibration)
     children.find_or_run("ptq", "ptq", settings.ptq, digest, partial(ptq, settings.ptq))
-    return require_run(children.run_ids[0], "from_run")
+    return read_start(children.run_ids[0])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ def test_rooms_import_only_what_lies_below(path: Path) -> None:
             assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{room} imports {parts[1]} above it"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda path: path.name)
+def test_pipelines_know_no_library_that_a_room_keeps(path: Path) -> None:
+    assert not {module.split(".")[0] for module in _imports(path)} & KEEPERS.keys()
+
+
 def test_calibration_list_names_the_hundred_smallest_train_pictures() -> None:
     lines = (ROOT / "datasets/quantize-calib/quant100.txt").read_text().splitlines()
     assert len(lines) == 100

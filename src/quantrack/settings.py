@@ -27,6 +27,7 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 HEADS = ("one2one", "one2many")
 MEASURES = ("gradient", "output", "mAP")
 PRECISIONS = ("fp32", "fp16")
+LARGEST_SEED = 2**32 - 1  # that NumPy's generator, which Ultralytics seeds, takes
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
@@ -68,6 +69,9 @@ class SharedSettings:
         for name in ("calib_images", "eval_images", "seed"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}: must not be negative")
+        _require(self.seed <= LARGEST_SEED, f"seed={self.seed}: must be at most {LARGEST_SEED}")
+        for name in ("model", "data_root", "calib_list"):
+            _require(bool(getattr(self, name).strip()), f"{name} is empty; leave it out for its default")
         for name in ("imgsz", "latency_runs"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value}: must be at least 1")

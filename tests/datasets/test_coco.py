@@ -54,6 +54,19 @@ def test_broken_annotations(coco_root: Path, text: str, message: str) -> None:
         load_evaluation_set(coco_root, 1)
 
 
+@pytest.mark.parametrize("crowd", [False, True])
+def test_pictures_without_a_box_to_find(coco_root: Path, crowd: bool) -> None:
+    path = coco_root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    own = [box for box in content["annotations"] if box["image_id"] == 10]
+    content["annotations"] = [box for box in content["annotations"] if box["image_id"] != 10]
+    content["annotations"] += [box | {"iscrowd": 1} for box in own if crowd]
+    path.write_text(json.dumps(content))
+    with pytest.raises(QuantrackError, match=r"eval_images=1: .* has no box in these 1 pictures, .* ask for more"):
+        load_evaluation_set(coco_root, 1)
+    assert len(load_evaluation_set(coco_root, 2).pictures) == 2
+
+
 def test_annotation_without_box(coco_root: Path) -> None:
     path = coco_root / "annotations/instances_val2017.json"
     content = json.loads(path.read_text())

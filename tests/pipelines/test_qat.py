@@ -12,6 +12,8 @@ import pytest
 from command import ROOT, SMALL, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
+from quantrack.tracking.training import START_TAG, recorded_start
+
 QUICK = (
     "--model", SMALL, "--data-root", "demo", "--imgsz", "320", "--eval-images", "8", "--calib-images", "4",
     "--latency-runs", "3", "--mode", "w4a8", "--recipe", "naive", "--train-images", "16", "--batch", "4",
@@ -48,6 +50,7 @@ def test_training_recovers_what_naive_quantization_loses(store: Path, whole: Run
     assert metrics["weight_bits_avg"] == 4
     assert metrics["parity_mean_abs"] < 0.02
     assert whole.data.tags["recipe"] == "naive-qat"
+    assert not {"quantize_seconds", "steps_from_cache"} & metrics.keys()  # it did no such step
     use_store(store)
     client = mlflow.MlflowClient()
     files = {entry.path for entry in client.list_artifacts(whole.info.run_id, "onnx")}
@@ -105,6 +108,16 @@ def test_a_finished_run_is_not_resumed(store: Path, whole: Run) -> None:
     done = run_pipeline(store, "qat", "--resume", whole.info.run_id)
     assert done.returncode == 1
     assert "nothing to go on with" in done.stderr
+
+
+def test_a_resumed_training_keeps_the_start_it_had(store: Path, whole: Run) -> None:
+    use_store(store)
+    with mlflow.start_run():
+        assert recorded_start() is None
+        mlflow.set_tag(START_TAG, whole.data.tags["ptq_run_id"])
+        start = recorded_start()
+    assert start is not None
+    assert (start.run_id, start.recipe) == (whole.data.tags["ptq_run_id"], "naive")
 
 
 def test_a_training_is_reproduced_from_its_record(store: Path, whole: Run) -> None:

@@ -56,6 +56,8 @@ CASES = {
     "provider": (("--provider", "tpu"), 2, "provider=tpu: unknown provider"),
     "number": (("--calib-images", "many"), 2, "calib_images=many: not a whole number"),
     "negative": (("--eval-images", "-1"), 2, "eval_images=-1: must not be negative"),
+    "seed": (("--seed", str(2**64)), 2, f"seed={2**64}: must be at most {2**32 - 1}"),
+    "no name": (("--model", ""), 2, "model is empty; leave it out for its default"),
     "device": (("--device", "abacus"), 2, "device=abacus: unknown device"),
     "imgsz": (("--imgsz", "100"), 2, "imgsz=100: must be a multiple of 32"),
     "too many": (("--eval-images", "5000"), 2, "eval_images=5000"),
@@ -63,6 +65,7 @@ CASES = {
     "list": (("--calib-list", "nowhere.txt"), 1, "calib_list=nowhere.txt: no such file"),
     "model": (("--model", "weights/gone.pt"), 1, "model=weights/gone.pt: no such file"),
     "segmentation": (("--model", "yolov8n-seg.yaml"), 1, "a segment model"),
+    "transformer": (("--model", "rtdetr-l.yaml"), 1, "rtdetr-l.yaml: no YOLO; Quantrack takes detection models"),
     "classes": (("--model", "yolov10n.yaml"), 1, "detects 80 classes"),
     "placement": (("--placement", "some"), 2, "placement=some: unknown placement; use inputs or full"),
     "full placement of floats": (

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -146,5 +148,8 @@ def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.pt").write_bytes(bytes(9_000))
     (tmp_path / "file.pt").write_bytes(bytes(9_000))
+    for name, hours in ((".being-written.tmp", 1), (".left.tmp", 30)):
+        (tmp_path / name).write_bytes(bytes(9_000))
+        os.utime(tmp_path / name, (time.time() - hours * 3600,) * 2)
     forget_oldest(tmp_path, keep=tmp_path / "newest")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "newer", "newest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".being-written.tmp", "file.pt", "newer", "newest"]

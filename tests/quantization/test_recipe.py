@@ -33,11 +33,11 @@ def test_the_strict_recipe_of_the_benchmarks_is_the_best_without_8_bits() -> Non
 
 def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
-    path.write_text("steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3}\n")
+    path.write_text("steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3, centred: false}\n")
     insert, gptq = parse_recipe(str(path)).steps
     assert isinstance(insert, InsertQuantizers)
     assert [role.value for role in insert.roles_at_8_bits] == ["first"]
-    assert gptq == Gptq(damping=1e-3)
+    assert gptq == Gptq(damping=1e-3, centred=False)
 
 
 def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> None:
@@ -66,6 +66,8 @@ def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> No
         ("steps: [{plan_bits: {average: few}}]", "plan_bits: average: 'few': must be a number"),
         ("steps: [{gptq: {damping: null}}]", "gptq: damping: None: must be a number"),
         ("steps: [{plan_bits: {by: group}}]", "plan_bits: by=group: unknown; use layer or channel"),
+        ("steps: [insert_quantizers, gptq]", "gptq: add bias_correction after it, or give it `centred: false`"),
+        ("steps: [insert_quantizers, bias_correction, gptq]", "gptq: add bias_correction after it"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),
         ("gptq", "must hold just `steps:`"),
@@ -79,6 +81,15 @@ def test_a_broken_recipe_is_refused_in_one_line(text: str, said: str, tmp_path: 
         parse_recipe(str(path))
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("after", ["bias_correction", "distillation", "block_reconstruction"])
+def test_what_makes_up_for_centred_gptq(after: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"steps: [insert_quantizers, gptq, {after}]")
+    assert parse_recipe(str(path)).steps[1] == Gptq()
+    path.write_text("steps: [insert_quantizers, {gptq: {centred: false}}]")
+    assert parse_recipe(str(path)).steps[1] == Gptq(centred=False)
 
 
 def test_a_missing_recipe_file() -> None:

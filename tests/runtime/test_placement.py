@@ -39,6 +39,11 @@ def test_shapes_and_indices_may_stay_on_the_host():
     placement_of(EVENTS).require_gpu()
 
 
+def test_tensorrt_is_on_the_gpu():
+    fused = event("t", "TRTKernel", "TensorrtExecutionProvider", 50, [1, 8400])
+    placement_of([*EVENTS, fused]).require_gpu()
+
+
 def test_data_on_the_host_is_refused():
     fallen_back = [*EVENTS, event("t", "TopK", CPU, 50, [1, 8400])]
     with pytest.raises(QuantrackError, match=r"require_gpu=true: 1 compute nodes did not run on CUDA \(1 TopK on CPU"):

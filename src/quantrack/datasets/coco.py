@@ -73,7 +73,7 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
     """Read the first `eval_images` pictures (0 = all) of `data_root`'s val2017 split.
 
     Raises:
-        QuantrackError: the data root, annotation file or a picture is missing or unreadable.
+        QuantrackError: the data root, annotation file or a picture is missing or unreadable, or no box is in any.
         UsageError: more pictures were asked for than the annotation file lists.
     """
     annotation_file = data_root / VAL_ANNOTATIONS
@@ -86,7 +86,13 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
         )
     chosen = entries[: eval_images or len(entries)]
     pictures = tuple(picture_of(entry, data_root / "val2017", annotation_file) for entry in chosen)
-    return annotated_set(data_root, annotation_file, content, pictures, "val")
+    found = annotated_set(data_root, annotation_file, content, pictures, "val")
+    if all(box.crowd for box in found.boxes):
+        raise QuantrackError(
+            f"eval_images={eval_images}: {annotation_file} has no box in these {len(pictures)} pictures, so "
+            "there is no accuracy to measure; ask for more of them, or 0 for all"
+        )
+    return found
 
 
 def annotated_set(

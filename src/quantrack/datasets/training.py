@@ -42,7 +42,8 @@ def load_training_pictures(
     better on them than it is; where there are not enough others, some of them are held back even so.
 
     Raises:
-        QuantrackError: the annotation file is missing or broken, or there are fewer than 8 pictures.
+        QuantrackError: the annotation file is missing or broken, there are fewer than 8 pictures, or no box is in
+            those held back.
         UsageError: more pictures were asked for than there are.
     """
     annotation_file = data_root / TRAIN_ANNOTATIONS
@@ -55,10 +56,15 @@ def load_training_pictures(
     pictures = sorted((picture_of(entry, folder, annotation_file) for entry in drawn), key=lambda picture: picture.id)
     held = _hold_back(pictures, {path.resolve() for path in not_held_back}, seed)
     rest = tuple(picture for picture in pictures if picture.id not in held)
-    return TrainingPictures(
-        annotated_set(data_root, annotation_file, content, rest, "train"),
-        annotated_set(data_root, annotation_file, content, tuple(p for p in pictures if p.id in held), "held-back"),
+    held_back = annotated_set(
+        data_root, annotation_file, content, tuple(p for p in pictures if p.id in held), "held-back"
     )
+    if all(box.crowd for box in held_back.boxes):
+        raise QuantrackError(
+            f"{annotation_file}: no box in the {len(held)} pictures held back to choose the best epoch by; give more "
+            "train_images, or another seed"
+        )
+    return TrainingPictures(annotated_set(data_root, annotation_file, content, rest, "train"), held_back)
 
 
 def _require_enough(train_images: int, here: int, listed: int, folder: Path) -> None:

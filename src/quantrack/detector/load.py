@@ -136,7 +136,8 @@ def _build(source: str, seed: int) -> tuple[nn.Module, str]:
         ) from error
     task = guess_model_task(description)
     if task != "detect":
-        raise QuantrackError(f"model={source}: a {task} model; Quantrack takes detection models")
+        kind = f"a {task} model" if task else "no YOLO"
+        raise QuantrackError(f"model={source}: {kind}; Quantrack takes detection models")
     # parsed, and so with the scale in the name: yolov10n and yolov10m share one text
     content = {key: value for key, value in description.items() if key != "yaml_file"}
     digest = combined_digest([json.dumps(content, sort_keys=True, default=str), str(seed)])

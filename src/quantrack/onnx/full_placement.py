@@ -195,5 +195,5 @@ def raise_weight_scales(graph: Graph, dequantize: onnx.NodeProto, least: NDArray
     integers = graph.array(dequantize.input[0])
     raised = np.maximum(scale, least).astype(np.float32)
     factors = (scale / raised).reshape(-1, *(1,) * (integers.ndim - 1))
-    for place, value in enumerate((np.rint(integers * factors).astype(integers.dtype), raised)):
+    for place, value in enumerate((np.rint(integers.astype(np.float64) * factors).astype(integers.dtype), raised)):
         dequantize.input[place] = graph.add(f"{dequantize.input[place]}/raised", value)

@@ -133,7 +133,17 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(
             f"recipe={path}: plan_bits: quantizers need it before them; make it the first step, and the only"
         )
+    _require_correction(steps, path)
     return Recipe(path.stem, steps)
+
+
+def _require_correction(steps: tuple[Step, ...], path: Path) -> None:
+    """Centred GPTQ leaves layers' mean outputs to a later step; without one they would stay shifted."""
+    corrected = False
+    for step in reversed(steps):
+        corrected |= isinstance(step, BiasCorrection | BlockReconstruction | Distillation)
+        if isinstance(step, Gptq) and step.centred and not corrected:
+            raise UsageError(f"recipe={path}: gptq: add bias_correction after it, or give it `centred: false`")
 
 
 def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:

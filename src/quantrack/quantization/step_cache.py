@@ -7,7 +7,9 @@ settings of the step and of all before it.
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple
@@ -25,8 +27,10 @@ from quantrack.quantization.state import DAMAGED, model_of_state, model_state
 
 WORTH_SECONDS = 3.0
 LIMIT_BYTES = 4_000_000_000
+WRITTEN_WITHIN = 86_400.0  # seconds; what a killed process left is older
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization")  # whose code decides what a step gives
+LIBRARIES = ("brevitas", "numpy", "opencv-python", "scipy", "torch", "ultralytics")  # and whose versions do
 
 
 def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
@@ -44,7 +48,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
             str(job.seed),
             job.device.type,
             str(torch.get_num_threads()),
-            *(f"{name} {version(name)}" for name in ("torch", "brevitas", "ultralytics")),
+            *(f"{name} {version(name)}" for name in LIBRARIES),
             *(file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))),
             file_digest(PACKAGE / "schemes.py"),
         ]
@@ -91,7 +95,8 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
     job.model, job.statistics, job.plan = model, statistics, plan
     for key_of_part in state["counted"]:  # in the reports' seconds
         job.kept_time.count(key_of_part, 0.0)
-    path.touch()
+    with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
+        os.utime(path)
     return reports
 
 
@@ -109,6 +114,8 @@ def forget_oldest(folder: Path, keep: Path) -> None:
     used = 0
     with suppress(FileNotFoundError):  # another process forgets as well
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+            if path.name.startswith(".") and time.time() - path.stat().st_mtime < WRITTEN_WITHIN:
+                continue  # another process is writing it
             used += sum(file.stat().st_size for file in (path.glob("*") if path.is_dir() else (path,)))
             if used <= LIMIT_BYTES or path == keep:
                 continue

@@ -14,11 +14,12 @@ from typing import TypedDict
 import numpy as np
 
 from quantrack.errors import QuantrackError
-from quantrack.runtime.session import CUDA, FULL_NAMES, Session, open_profiled
+from quantrack.runtime.session import CUDA, FULL_NAMES, TENSORRT, Session, open_profiled
 
 PROFILED_RUNS = 10
 BIG = 1000  # values of a tensor that is data, not a shape or an index
 INTEGER_KERNELS = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "DynamicQuantize")
+ON_GPU = (FULL_NAMES[CUDA], FULL_NAMES[TENSORRT])
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
 
 
@@ -70,7 +71,7 @@ class Placement:
         Raises:
             QuantrackError: a node that works on data ran elsewhere.
         """
-        elsewhere = [use for use in self.uses if use.compute_nodes and use.provider != FULL_NAMES[CUDA]]
+        elsewhere = [use for use in self.uses if use.compute_nodes and use.provider not in ON_GPU]
         if elsewhere:
             listed = ", ".join(f"{use.compute_nodes} {use.operator} on {use.provider}" for use in elsewhere[:3])
             count = sum(use.compute_nodes for use in elsewhere)

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
+from quantrack.quantization.step_cache import LIBRARIES
 from quantrack.runtime.session import CPU
 
 PACKAGES = (
-    "quantrack", "brevitas", "mlflow", "numpy", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim",
-    "pycocotools", "torch", "torchvision", "ultralytics",
+    "quantrack", "mlflow", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim", "pycocotools", "torchvision",
+    *LIBRARIES,
 )  # fmt: skip
 
 
 def installed_versions() -> dict[str, str]:
     """Versions of what can change a number; a package that is not installed is absent."""
     found = {}
-    for package in PACKAGES:
+    for package in sorted(PACKAGES):
         try:
             found[package] = version(package)
         except ModuleNotFoundError:

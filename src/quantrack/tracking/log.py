@@ -80,12 +80,11 @@ def log_quantization(job: QuantizationJob, reports: Sequence[StepReport]) -> dic
     log_json(layer_records(job), "layers.json")
     if job.plan is not None:
         log_json(job.plan.record(), "plan.json")
-    return {
-        "steps_from_cache": float(sum(report.cached for report in reports)),
-        "weight_bits_avg": average_weight_bits(job.model),
-        "weight_bits_stored_avg": average_stored_bits(job.model),
-        "quantize_seconds": sum(report.seconds for report in reports),
-    }
+    bits = {"weight_bits_avg": average_weight_bits(job.model), "weight_bits_stored_avg": average_stored_bits(job.model)}
+    if not reports:  # trained, in a run that has no steps
+        return bits
+    cached = float(sum(report.cached for report in reports))
+    return bits | {"steps_from_cache": cached, "quantize_seconds": sum(report.seconds for report in reports)}
 
 
 def log_recipe(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlflow
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from quantrack.comparison.runs import ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
@@ -54,7 +55,7 @@ def log_result(
     further: Mapping[str, float],
 ) -> dict[str, float]:
     """Log the files, the proof, the LoggedModel, tags and summary; returns all metrics."""
-    metrics = proof.metrics() | files.metrics() | dict(further) | {"peak_rss_mb": peak_memory_mb()}
+    metrics = proof.metrics() | files.metrics() | dict(further) | _memory()
     log_files(files)
     log_proof(proof, evaluation_set)
     log_identity(facts, evaluation_set, proof.speed.provider)
@@ -62,6 +63,13 @@ def log_result(
     log_model(files.optimized, name.replace(" ", "-"), metrics, evaluation_set)
     log_summary(name, measured_on(facts, evaluation_set, proof), metrics)
     return metrics
+
+
+def _memory() -> dict[str, float]:
+    """`peak_rss_mb`, absent in a nested run: the process has done the work of others as well."""
+    active = mlflow.active_run()
+    nested = active is not None and MLFLOW_PARENT_RUN_ID in active.data.tags
+    return {} if nested else {"peak_rss_mb": peak_memory_mb()}
 
 
 def log_evaluation(

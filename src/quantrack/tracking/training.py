@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +32,38 @@ from quantrack.tracking.read import read_json, require_run
 
 VALIDATION = f"validation/{ACCURACY}"
 START_TAG = "ptq_run_id"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The finished PTQ run that a training starts from."""
+
+    run_id: str
+    status: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def recipe(self) -> str:
+        """How it was quantized."""
+        return self.tags["recipe"]
+
+
+def read_start(run_id: str) -> Start:
+    """The run of an id.
+
+    Raises:
+        QuantrackError: there is no such run.
+    """
+    run = require_run(run_id, "from_run")
+    return Start(run.info.run_id, run.info.status, run.data.tags, run.data.metrics)
+
+
+def recorded_start() -> Start | None:
+    """What the active run has started from already, where an earlier process of it came so far."""
+    active = mlflow.active_run()
+    run_id = mlflow.get_run(active.info.run_id).data.tags.get(START_TAG) if active else None
+    return read_start(run_id) if run_id else None
 
 
 @contextmanager
@@ -86,15 +118,15 @@ def log_training_inputs(pictures: TrainingPictures) -> None:
         mlflow.set_tag(tag, part.digest)
 
 
-def start_state(run: Run, settings: QatSettings, detector: Detector, folder: Path) -> Path:
+def start_state(start: Start, settings: QatSettings, detector: Detector, folder: Path) -> Path:
     """The quantized state of the PTQ run to start from, which becomes the active run's start.
 
     Raises:
         UsageError: the run is of another mode, detector, head or input size.
         QuantrackError: it is no finished PTQ run, or has logged no state.
     """
-    run_id, tags = run.info.run_id, run.data.tags
-    if tags.get("entry_point") not in ("ptq", "qat") or run.info.status != "FINISHED":
+    run_id, tags = start.run_id, start.tags
+    if tags.get("entry_point") not in ("ptq", "qat") or start.status != "FINISHED":
         raise QuantrackError(f"from_run={run_id}: not a finished ptq run; give one, or leave it out")
     wanted = {"mode": settings.scheme_name, "model_digest": detector.digest}
     wanted |= {"head": settings.head, "imgsz": str(settings.imgsz)}
@@ -151,15 +183,15 @@ def log_training(trained: Trained, best: Path) -> None:
     say(f"training: best is epoch {trained.best_epoch}" + (f"; stopped: {trained.stopped}" if trained.stopped else ""))
 
 
-def log_gain(start: Run, proof: Proof, evaluation_set: EvaluationSet) -> None:
+def log_gain(start: Start, proof: Proof, evaluation_set: EvaluationSet) -> None:
     """What training gained over the PTQ run, in points with a 95 % interval, and the share of its drop recovered.
 
     Absent where the PTQ run was measured on other pictures.
     """
-    before = start.data.metrics
-    if start.data.tags.get("evaluation_digest") != evaluation_set.digest or ACCURACY not in before:
+    before = start.metrics
+    if start.tags.get("evaluation_digest") != evaluation_set.digest or ACCURACY not in before:
         return
-    detections = detections_from_json(read_json(start.info.run_id, "detections.json"))
+    detections = detections_from_json(read_json(start.run_id, "detections.json"))
     interval = paired_drop_interval(evaluation_set, proof.detections, detections)
     gain = drop_points(proof.coco.metrics[ACCURACY], before[ACCURACY])  # what the start lacks
     metrics = {f"{ACCURACY}_ptq": before[ACCURACY], f"{ACCURACY}_gain": gain}

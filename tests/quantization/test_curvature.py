@@ -142,6 +142,20 @@ def test_a_step_counts_the_time_that_was_kept(make_job: MakeJob, cache: Path) ->
     assert [report.seconds > 1000 for report in reports] == [report.step == "Gptq" for report in reports]
 
 
+def test_a_constant_input_is_rounded_to_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.rand(2, 3, 1, generator=generator) * 100 + torch.zeros(2, 3, 64)
+    columns[1] += torch.randn(3, 64, generator=generator)
+    mean = columns.mean(dim=2)
+    curvature = Curvature(columns @ columns.transpose(1, 2) / 64, mean, mean, None)
+    assert not curvature.centred[0].any()
+    torch.testing.assert_close(curvature.centred[1], torch.cov(columns[1], correction=0), rtol=0.01, atol=0.01)
+    weight, scale = torch.randn(2, 4, 3, generator=generator), torch.full((2, 4), 0.25)
+    rounded, _ = Gptq(scale_factors=(1.0,), sweeps=0, unshrunken=False).rounded(weight, scale, 4, curvature.centred)
+    torch.testing.assert_close(rounded[0], torch.round(weight[0] / 0.25).clamp(-8, 7) * 0.25)
+    assert rounded.isfinite().all()
+
+
 def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantrack.quantization.step_cache.LIMIT_BYTES", 30_000)
     for name in ("old", "newer", "newest"):

@@ -33,7 +33,9 @@ def test_the_strict_recipe_of_the_benchmarks_is_the_best_without_8_bits() -> Non
 
 def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
-    path.write_text("steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3, centred: false}\n")
+    path.write_text(
+        "steps:\n  - insert_quantizers: {roles_at_8_bits: [first]}\n  - gptq: {damping: 1.0e-3, centred: false}\n"
+    )
     insert, gptq = parse_recipe(str(path)).steps
     assert isinstance(insert, InsertQuantizers)
     assert [role.value for role in insert.roles_at_8_bits] == ["first"]

@@ -35,6 +35,7 @@ from quantrack.quantization.state import DAMAGED
 from quantrack.quantization.step_cache import forget_oldest, kept_path, step_keys
 from quantrack.schemes import Scheme
 
+CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
 ANY_MODE = Scheme("any mode", 8, None)
 KEPT = "kept.json"  # beside the files of a kept walk: how many they are, and the seconds that it took
 
@@ -73,9 +74,11 @@ class Curvature:
 
     @property
     def centred(self) -> Tensor:
-        """As `inputs`, of the columns' differences from `mean`."""
+        """As `inputs`, of the columns' differences from `mean`; zero in a group whose inputs are constant."""
         cross = self.drawn_mean[:, :, None] * self.mean[:, None, :]
-        return self.inputs - cross - cross.transpose(1, 2) + self.mean[:, :, None] * self.mean[:, None, :]
+        centred = self.inputs - cross - cross.transpose(1, 2) + self.mean[:, :, None] * self.mean[:, None, :]
+        power, left = (of.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] for of in (self.inputs, centred))
+        return torch.where(left > CONSTANT * power, centred, 0)
 
     def to(self, device: torch.device) -> Curvature:
         """The same on another device."""

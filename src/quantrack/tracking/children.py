@@ -31,9 +31,10 @@ class Children:
         try:
             with tracked_run(entry, setting_texts(settings), nested=True) as run:
                 pipeline()
-        except QuantrackError as error:
-            say(f"{name}: failed: {error}")
-            self._failures[name] = str(error)
+        except Exception as error:  # out of memory, a broken library: none of it is the other children's
+            reason = str(error) if isinstance(error, QuantrackError) else f"{type(error).__name__}: {error}"
+            say(f"{name}: failed: {reason}")
+            self._failures[name] = reason
         else:
             self._run_ids.append(run.info.run_id)
 

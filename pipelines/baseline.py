@@ -9,6 +9,7 @@ from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
 from quantrack.runtime.session import require_cuda, resolve_provider
+from quantrack.runtime.variants import tell_of_float16
 from quantrack.settings import BaselineSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline, measure_baseline
 from quantrack.tracking.log import log_settings
@@ -29,6 +30,7 @@ def baseline(settings: BaselineSettings) -> None:
     float32 = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
     reference = None
     if settings.precision != "fp32":
+        tell_of_float16(settings.provider)
         key = comparison_key(float32, evaluation_set, resolve_provider(settings.provider))
         reference = find_or_measure_baseline(
             detector, float32, evaluation_set, key, shared_texts(settings), settings.latency_runs

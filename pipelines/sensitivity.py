@@ -10,6 +10,7 @@ from quantrack.detector.device import resolve_device
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes, score_model
+from quantrack.progress import say
 from quantrack.quantization.job import new_job
 from quantrack.quantization.sensitivity import (
     MEASURES,
@@ -39,6 +40,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
     bits = parse_plan_bits(settings.plan_bits)
     if settings.measure == "mAP":
+        say("measure=mAP: the plan is chosen by the evaluation pictures, on which it will look better than on others")
         score = partial(score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz)
         rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
     else:

@@ -39,6 +39,7 @@ def test_sensitivity_logs_table_plan_and_plot(sensitivity_run: Run) -> None:
 def test_sensitivity_by_score_counts_lost_points(shared_store: Path) -> None:
     few = (*QUICK, "--eval-images", "3", "--calib-images", "3", "--plan-bits", "4,8")
     done = run_pipeline(shared_store, "sensitivity", *few, "--avg-bits", "5", "--measure", "mAP")
+    assert "measure=mAP: the plan is chosen by the evaluation pictures" in done.stderr
     assert done.returncode == 0, done.stderr
     metrics = newest_run(shared_store, "sensitivity").data.metrics
     assert 4 <= metrics["weight_bits_avg"] <= 5

@@ -31,8 +31,7 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
         files = place_in_full(files, facts, observe_tensors(files.optimized, tensors, pictures, count, provider))
     if facts.precision == FLOAT16:
         files = in_float16(files, facts)
-        if resolve_provider(provider) == CPU:
-            say("precision=fp16: ONNX Runtime's CPU provider computes it in float32, slower than the fp32 file")
+        tell_of_float16(provider)
     if facts.target == TENSORRT_READY:
         files = for_tensorrt(files, facts)
     if facts.weight_storage == INT4:
@@ -41,6 +40,12 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
         before, after = open_session(unpacked.optimized, CPU), open_session(files.optimized, CPU)
         require_same_outputs(before, after, islice(calibration.batches(facts.imgsz, 1), COMPARED_PICTURES))
     return files
+
+
+def tell_of_float16(provider: str) -> None:
+    """Say so where a float16 file is no gain."""
+    if resolve_provider(provider) == CPU:
+        say("precision=fp16: ONNX Runtime's CPU provider computes it in float32, slower than the fp32 file")
 
 
 def reference_for(files: ExportedFiles, facts: ModelFacts, model: nn.Module, provider: str) -> Network:

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import measure_speed
 from quantrack.onnx.inspect import file_facts
-from quantrack.runtime.session import open_session, require_cuda
+from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
@@ -22,14 +22,14 @@ def benchmark(settings: BenchmarkSettings) -> None:
         require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
-        session = open_session(path, settings.provider)
+        session = open_given(path, settings.provider)
         facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
         float_file = settings.baseline or float_file_of(settings.onnx)
         beside = None
         if float_file:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
-            beside = open_session(float_path, settings.provider)
+            beside = open_given(float_path, settings.provider)
 
         if settings.tune:
             trials = tune(path, settings.provider, settings.latency_runs, beside)

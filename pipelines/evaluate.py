@@ -9,7 +9,7 @@ from quantrack.datasets.coco import load_evaluation_set
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import prove, require_output
 from quantrack.onnx.inspect import file_facts
-from quantrack.runtime.session import open_session, require_cuda
+from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
 from quantrack.tracking.baseline import find_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
@@ -24,7 +24,7 @@ def evaluate(settings: OnnxSettings) -> None:
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder))
-        session = open_session(path, settings.provider)
+        session = open_given(path, settings.provider)
         require_output(session, settings.head, evaluation_set)
         facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})

@@ -8,7 +8,7 @@ from quantrack.detector.device import resolve_device
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
-from quantrack.quantization.apply import apply_recipe
+from quantrack.quantization.apply import apply_recipe, require_quantized
 from quantrack.quantization.job import new_job
 from quantrack.runtime.session import require_cuda
 from quantrack.schemes import parse_mode
@@ -40,6 +40,7 @@ def ptq(settings: PtqSettings) -> None:
     job.plan = fetch_plan(settings.plan) if settings.plan else None
     log_recipe(recipe)
     reports = apply_recipe(job, recipe.steps, log_step)
+    require_quantized(job.model)
     prove_and_log(job, detector, evaluation_set, settings, reports, recipe.name, "ptq")
 
 

@@ -17,7 +17,14 @@ from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes, score_model
 from quantrack.quantization.channel_equalization import require_scales_of_tensors
 from quantrack.quantization.job import new_job
-from quantrack.quantization.qat import Qat, leave_dfl_float, new_student, suit_integer_kernels, take_over_student
+from quantrack.quantization.qat import (
+    Qat,
+    leave_dfl_float,
+    new_student,
+    require_activations_for,
+    suit_integer_kernels,
+    take_over_student,
+)
 from quantrack.quantization.state import read_quantized
 from quantrack.runtime.session import require_cuda
 from quantrack.runtime.variants import FULL
@@ -76,6 +83,7 @@ def train_and_prove(settings: QatSettings) -> None:
         job.model = read_quantized(start_state(start, settings, detector, folder), job.float_model)
         if wanting := one_scale_for(settings.variant_values()):
             require_scales_of_tensors(job.model, wanting)
+        require_activations_for(job.model, settings.variant_values())
         leave_dfl_float(job)
         quantization = Qat(settings.lr0, settings.lr0_scales, settings.distill_weight, settings.amp)
         auxiliary = None

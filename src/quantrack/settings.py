@@ -245,6 +245,8 @@ class QatSettings(PtqSettings):
         for name in ("train_images", "patience", "distill_weight"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}: must not be negative")
+        _require(math.isfinite(self.distill_weight), f"distill_weight={self.distill_weight}: must be finite")
+        _require(self.train_images != 1, "train_images=1: must be at least 2, as one is held back; 0 = all")
         for name in ("lr0", "lr0_scales"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")

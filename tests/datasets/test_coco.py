@@ -46,6 +46,12 @@ def test_missing_picture(coco_root: Path) -> None:
         ("[]", "no images, annotations, categories list"),
         ('{"images": [], "annotations": [], "categories": []}', "lists no pictures"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks 'file_name'"),
+        ('{"images": [{}], "annotations": [], "categories": []}', "an entry of images has no id"),
+        ('{"images": [7], "annotations": [], "categories": []}', "an entry of images has no id"),
+        ('{"images": [{"id": "abc"}], "annotations": [], "categories": []}', "an entry of images has no id"),
+        ('{"images": [{"id": 1}, {"id": 1}], "annotations": [], "categories": []}', "two images have id 1"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": [{"name": "cat"}]}', "categories has no id"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 3}]}', "category 3 has no name"),
     ],
 )
 def test_broken_annotations(coco_root: Path, text: str, message: str) -> None:
@@ -65,6 +71,16 @@ def test_pictures_without_a_box_to_find(coco_root: Path, crowd: bool) -> None:
     with pytest.raises(QuantrackError, match=r"eval_images=1: .* has no box in these 1 pictures, .* ask for more"):
         load_evaluation_set(coco_root, 1)
     assert len(load_evaluation_set(coco_root, 2).pictures) == 2
+
+
+@pytest.mark.parametrize("box", [[float("nan"), 0, 1, 1], [0, 0, -1, 1]])
+def test_boxes_that_are_none(coco_root: Path, box: list[float]) -> None:
+    path = coco_root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["bbox"] = box
+    path.write_text(json.dumps(content))
+    with pytest.raises(QuantrackError, match=r"an annotation entry lacks a box: .* is none; fetch the file again"):
+        load_evaluation_set(coco_root, 0)
 
 
 def test_annotation_without_box(coco_root: Path) -> None:

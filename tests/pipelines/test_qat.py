@@ -96,12 +96,23 @@ def environment(store: Path) -> dict[str, str]:
         (("--resume", "0" * 32), 1, "no such run"),
         (("--epochs", "0"), 2, "epochs=0"),
         (("--model", "demo", "--data-root", "demo", "--train-images", "999"), 2, "train_images=999"),
+        (("--train-images", "1"), 2, "train_images=1: must be at least 2"),
+        (("--distill-weight", "inf"), 2, "distill_weight=inf: must be finite"),
         (("--from-run", "x", "--avg-bits", "4.5"), 2, "it has its own bits"),
     ],
 )
 def test_refusals(store: Path, options: tuple[str, ...], code: int, words: str) -> None:
     done = run_pipeline(store, "qat", *options)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+
+
+def test_a_start_that_integer_kernels_cannot_take_is_not_trained(store: Path, whole: Run) -> None:
+    start = whole.data.tags["ptq_run_id"]  # of the naive recipe, whose activations are symmetric
+    own = [text for text in QUICK if text not in ("--recipe", "naive")]
+    done = run_pipeline(store, "qat", *own, "--from-run", start, "--placement", "full")
+    assert done.returncode == 1
+    assert "has symmetric activations, not asymmetric; start from a run with the same placement=full" in done.stderr
+    assert "epoch" not in done.stderr
 
 
 def test_a_finished_run_is_not_resumed(store: Path, whole: Run) -> None:

@@ -7,14 +7,15 @@ import pytest
 import torch
 from recipes import DEFAULT_BY_ROLE
 
-from quantrack.errors import UsageError
-from quantrack.quantization.apply import apply_recipe
+from quantrack.errors import QuantrackError, UsageError
+from quantrack.quantization.apply import apply_recipe, require_quantized
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.plan_bits import FOR_INT4
 from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe
 from quantrack.quantization.step_cache import restore_step, save_step, step_keys
+from quantrack.quantization.weight_scales import MseWeightScales
 
 MakeJob = Callable[[str], QuantizationJob]
 
@@ -44,9 +45,9 @@ def test_steps_are_named_alone_or_with_settings(tmp_path: Path) -> None:
 
 def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "int4.yaml"
-    path.write_text(Recipe("int4", (FOR_INT4,)).text())
+    path.write_text(Recipe("int4", (FOR_INT4, InsertQuantizers())).text())
     assert "average: null" in path.read_text()
-    assert parse_recipe(str(path)).steps == (FOR_INT4,)
+    assert parse_recipe(str(path)).steps == (FOR_INT4, InsertQuantizers())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,16 @@ def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> No
         ("steps: [{plan_bits: {by: group}}]", "plan_bits: by=group: unknown; use layer or channel"),
         ("steps: [insert_quantizers, gptq]", "gptq: add bias_correction after it, or give it `centred: false`"),
         ("steps: [insert_quantizers, bias_correction, gptq]", "gptq: add bias_correction after it"),
+        ("steps: [gptq, bias_correction]", r"insert_quantizers: must come first \(after plan_bits\), and once"),
+        ("steps: [insert_quantizers, insert_quantizers]", "insert_quantizers: must come first .* and once"),
+        ("steps: [insert_quantizers, min_max_activation_ranges]", "ranges: put observe_activations before it"),
+        ("steps: [insert_quantizers, channel_equalization]", "equalization: put observe_activations before it"),
+        (
+            "steps: [insert_quantizers, observe_activations, mse_weight_scales, channel_equalization]",
+            "channel_equalization: put it before mse_weight_scales",
+        ),
+        ("steps: [{min_max_activation_ranges: {margin: .nan}}]", "margin: nan: must be finite"),
+        ("steps: [{distillation: {learning_rate: .inf}}]", "learning_rate: inf: must be finite"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),
         ("gptq", "must hold just `steps:`"),
@@ -92,6 +103,23 @@ def test_what_makes_up_for_centred_gptq(after: str, tmp_path: Path) -> None:
     assert parse_recipe(str(path)).steps[1] == Gptq()
     path.write_text("steps: [insert_quantizers, {gptq: {centred: false}}]")
     assert parse_recipe(str(path)).steps[1] == Gptq(centred=False)
+
+
+def test_numbers_that_yaml_reads_as_texts(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("steps: [insert_quantizers, {gptq: {damping: 1e-3, centred: false}}]")
+    assert parse_recipe(str(path)).steps[1] == Gptq(damping=0.001, centred=False)
+
+
+def test_steps_that_leave_nothing_to_measure(make_job: MakeJob) -> None:
+    job = make_job("w4a8")
+    with pytest.raises(QuantrackError, match="no convolution is quantized"):
+        require_quantized(job.model)
+    apply_recipe(job, (InsertQuantizers(), MseWeightScales()))
+    with pytest.raises(QuantrackError, match=r"not every quantizer has a scale; .* min_max_activation_ranges"):
+        require_quantized(job.model)
+    apply_recipe(make := make_job("w4a16"), (InsertQuantizers(), MseWeightScales()))
+    require_quantized(make.model)
 
 
 def test_a_missing_recipe_file() -> None:

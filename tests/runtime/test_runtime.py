@@ -16,7 +16,7 @@ from quantrack.runtime.latency import measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
 from quantrack.runtime.parity import match_rows, measure_parity, torch_network
 from quantrack.runtime.placement import measure_placement
-from quantrack.runtime.session import REFERENCE, Session, SessionSettings, _say_once, open_session
+from quantrack.runtime.session import REFERENCE, Session, SessionSettings, _say_once, open_given, open_session
 from quantrack.runtime.tune import candidates, tune
 
 
@@ -102,6 +102,30 @@ def test_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_text("nothing")
     with pytest.raises(QuantrackError, match="not a readable ONNX file"):
         open_session(tmp_path / "bad.onnx", "cpu")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"images": (TensorProto.FLOAT, ["N", 3, "H", "W"])},
+        {"images": (TensorProto.FLOAT, [1, 3, 32, 64])},
+        {"images": (TensorProto.UINT8, [1, 3, 32, 32])},
+        {"features": (TensorProto.FLOAT, [1, 1000])},
+        {"images": (TensorProto.FLOAT, [1, 3, 32, 32]), "sizes": (TensorProto.FLOAT, [1, 2])},
+    ],
+)
+def test_a_file_of_others_is_refused(inputs: dict[str, tuple[int, list[int | str]]], tmp_path: Path) -> None:
+    nodes = [helper.make_node("Shape", [name], [f"shape of {name}"]) for name in inputs]
+    shapes = {name: len(shape) for name, (_, shape) in inputs.items()}
+    graph = helper.make_graph(
+        nodes, "foreign",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(f"shape of {name}", TensorProto.INT64, [rank]) for name, rank in shapes.items()],
+    )  # fmt: skip
+    path = tmp_path / "foreign.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    with pytest.raises(QuantrackError, match=r"foreign.onnx: takes .*; Quantrack runs files of one float32 input"):
+        open_given(path, "cpu")
 
 
 def test_latency_percentiles_are_ordered(session: Session) -> None:

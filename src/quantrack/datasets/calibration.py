@@ -67,11 +67,14 @@ def read_list(path: Path) -> list[str]:
     """The lines of a list file, without blanks and comments.
 
     Raises:
-        QuantrackError: it is missing or empty.
+        QuantrackError: it is missing or empty, or no text.
     """
     if not path.is_file():
         raise QuantrackError(f"calib_list={path}: no such file; give a text file with one picture path a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise QuantrackError(f"calib_list={path}: no text in UTF-8; give one picture path a line") from error
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise QuantrackError(f"calib_list={path}: the list is empty; give one picture path a line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,25 @@ def read_annotations(data_root: Path, annotation_file: Path) -> dict[str, Any]:
         raise QuantrackError(f"{annotation_file}: no {', '.join(missing)} list; use a COCO instances file")
     if not content["images"]:
         raise QuantrackError(f"{annotation_file}: lists no pictures; use a COCO instances file")
+    for key in ("images", "categories"):
+        _require_ids(content[key], key, annotation_file)
     return dict(content)
+
+
+def _require_ids(rows: list[object], key: str, annotation_file: Path) -> None:
+    """Check that every entry has a whole number as `id`, no two the same, and every category a name."""
+    seen: set[int] = set()
+    for row in rows:
+        known = row if isinstance(row, dict) else {}
+        try:
+            number = int(known["id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise QuantrackError(f"{annotation_file}: an entry of {key} has no id; fetch the file again") from error
+        if key == "categories" and "name" not in known:
+            raise QuantrackError(f"{annotation_file}: category {number} has no name; fetch the file again")
+        if number in seen:
+            raise QuantrackError(f"{annotation_file}: two {key} have id {number}; fetch the file again")
+        seen.add(number)
 
 
 def _is_list(content: object, key: str) -> bool:
@@ -166,6 +185,8 @@ def _true_boxes(rows: list[dict[str, Any]], kept: set[int], annotation_file: Pat
             if int(row["image_id"]) not in kept:
                 continue
             x, y, width, height = (float(value) for value in row["bbox"])
+            if not all(math.isfinite(value) for value in (x, y, width, height)) or min(width, height) < 0:
+                raise ValueError(f"a box: {row['bbox']} is none")
             yield TrueBox(
                 image_id=int(row["image_id"]),
                 category_id=int(row["category_id"]),

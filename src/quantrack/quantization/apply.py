@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantrack.detector.heads import RawOutputs, head_levels, raw_outputs
+from quantrack.errors import QuantrackError
 from quantrack.progress import say
 from quantrack.quantization.divergence import detection_divergence
 from quantrack.quantization.job import QuantizationJob, Step, StepReport, first_pictures
-from quantrack.quantization.layers import scales_are_set
+from quantrack.quantization.layers import quantized_layers, scales_are_set
 from quantrack.quantization.step_cache import WORTH_SECONDS, restore_step, save_step, step_keys
 
 PROBE_PICTURES = 8
@@ -49,6 +50,21 @@ def apply_recipe(
             save_step(key, job, reports)
         before = after
     return tuple(reports)
+
+
+def require_quantized(model: nn.Module) -> None:
+    """Check what steps have left: a network without quantizers, or with unset ones, measures nothing.
+
+    Raises:
+        QuantrackError: no convolution is quantized, or a scale is not set.
+    """
+    if not quantized_layers(model):
+        raise QuantrackError("recipe: no convolution is quantized; give insert_quantizers other float_roles")
+    if not scales_are_set(model):
+        raise QuantrackError(
+            "recipe: not every quantizer has a scale; add steps such as mse_weight_scales and, for INT8 activations, "
+            "min_max_activation_ranges"
+        )
 
 
 @dataclass(frozen=True)

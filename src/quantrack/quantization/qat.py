@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from quantrack.detector.heads import RawOutputs, raw_outputs_in_training
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.detector.student import Student
-from quantrack.errors import UsageError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob, StepReport
-from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.layers import layer_plans, quantized_layers
 from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
 
@@ -71,6 +72,25 @@ class FloatTeacher:
         with torch.no_grad():
             taught = raw_outputs_in_training(self.model.to(pictures.device)(pictures))
         return self.weight * divergence(outputs, taught).total(FEATURE_WEIGHT)
+
+
+def require_activations_for(model: nn.Module, variant: Mapping[str, str]) -> None:
+    """Refuse a start whose activations a variant's runtime cannot take, before it is trained.
+
+    Integer kernels want asymmetric ones, TensorRT symmetric ones.
+
+    Raises:
+        QuantrackError: a convolution has others.
+    """
+    wanting = {"placement=full": "asymmetric", "target=tensorrt": "symmetric"}
+    for name, value in variant.items():
+        wanted = wanting.get(f"{name}={value}")
+        for layer, plan in layer_plans(model).items():
+            if wanted and plan.activation not in (None, wanted):
+                raise QuantrackError(
+                    f"{name}={value}: {layer} has {plan.activation} activations, not {wanted}; start from a run with "
+                    f"the same {name}={value}"
+                )
 
 
 def leave_dfl_float(job: QuantizationJob) -> None:

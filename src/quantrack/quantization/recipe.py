@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -51,6 +53,12 @@ STEPS: dict[str, type[Step]] = {
     "fit_pair_sums": FitPairSums,
     "bias_correction": BiasCorrection,
 }
+NEED_STATISTICS = {
+    name for name in STEPS if name.endswith("activation_ranges") or name == "channel_equalization"
+}  # of activations
+AFTER_EQUALIZATION = {
+    name for name in STEPS if "scales" in name or "ranges" in name or name in ("gptq", "block_reconstruction")
+} | {"activation_range_search", "distillation", "fit_pair_sums", "bias_correction"}
 CALIBRATED: tuple[Step, ...] = (
     InsertQuantizers(),
     ObserveActivations(),
@@ -133,8 +141,23 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(
             f"recipe={path}: plan_bits: quantizers need it before them; make it the first step, and the only"
         )
+    _require_order(steps, path)
     _require_correction(steps, path)
     return Recipe(path.stem, steps)
+
+
+def _require_order(steps: tuple[Step, ...], path: Path) -> None:
+    """Steps that need others before them have these, and what may be there once is there once."""
+    names = [step_name(step) for step in steps if not isinstance(step, PlanBits)]
+    if names and (names[0] != "insert_quantizers" or names.count("insert_quantizers") > 1):
+        raise UsageError(f"recipe={path}: insert_quantizers: must come first (after plan_bits), and once")
+    before: set[str] = set()
+    for name in names:
+        if name in NEED_STATISTICS and "observe_activations" not in before:
+            raise UsageError(f"recipe={path}: {name}: put observe_activations before it")
+        if name == "channel_equalization" and before & AFTER_EQUALIZATION:
+            raise UsageError(f"recipe={path}: {name}: put it before {', '.join(sorted(before & AFTER_EQUALIZATION))}")
+        before.add(name)
 
 
 def _require_correction(steps: tuple[Step, ...], path: Path) -> None:
@@ -230,8 +253,11 @@ def _typed(value: object, kind: object, where: str) -> object:
         if value not in [role.value for role in Role]:
             raise UsageError(f"{where}: {value}: unknown role; use {', '.join(role.value for role in Role)}")
         return Role(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3 as a text
+        with suppress(ValueError):
+            value = float(str(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where}: {value}: must be finite")
     if not isinstance(kind, type) or type(value) is not kind:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind)  # type: ignore[call-overload]
         raise UsageError(f"{where}: {value!r}: must be {wanted}")

@@ -177,6 +177,26 @@ def open_session(path: Path, provider: str, settings: SessionSettings | None = N
     return Session(path, _session(path, CPU, chosen), CPU, chosen)
 
 
+def open_given(path: Path, provider: str) -> Session:
+    """As `open_session`, a file that need not be ours: of one float32 picture of a fixed square size.
+
+    Raises:
+        QuantrackError: as `open_session`, or it takes something else, or gives a result of no fixed size.
+    """
+    session = open_session(path, provider)
+    inputs, output = session.inference.get_inputs(), session.inference.get_outputs()[0]
+    shape = list(inputs[0].shape) if inputs else []
+    fixed = all(isinstance(side, int) for side in (*shape, *output.shape))
+    square = len(shape) == 4 and shape[:2] == [1, 3] and shape[2] == shape[3]
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not fixed or not square:
+        taken = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise QuantrackError(
+            f"onnx={path}: takes {taken} and gives {output.shape}; Quantrack runs files of one float32 input "
+            "[1, 3, N, N] and fixed sizes, such as its own: export it without dynamic axes"
+        )
+    return session
+
+
 def open_profiled(session: Session, prefix: Path) -> ort.InferenceSession:
     """The same session again, writing ONNX Runtime's profile to a file of this prefix."""
     return _session(session.path, session.provider, session.settings, prefix)

@@ -53,12 +53,10 @@ STEPS: dict[str, type[Step]] = {
     "fit_pair_sums": FitPairSums,
     "bias_correction": BiasCorrection,
 }
-NEED_STATISTICS = {
-    name for name in STEPS if name.endswith("activation_ranges") or name == "channel_equalization"
-}  # of activations
-AFTER_EQUALIZATION = {
-    name for name in STEPS if "scales" in name or "ranges" in name or name in ("gptq", "block_reconstruction")
-} | {"activation_range_search", "distillation", "fit_pair_sums", "bias_correction"}
+NEED_STATISTICS = (
+    MinMaxActivationRanges, PercentileActivationRanges, MseActivationRanges, ChannelEqualization,
+)  # fmt: skip
+BEFORE_EQUALIZATION = (PlanBits, InsertQuantizers, ObserveActivations)  # which leave weights and inputs as they are
 CALIBRATED: tuple[Step, ...] = (
     InsertQuantizers(),
     ObserveActivations(),
@@ -147,17 +145,18 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _require_order(steps: tuple[Step, ...], path: Path) -> None:
-    """Steps that need others before them have these, and what may be there once is there once."""
-    names = [step_name(step) for step in steps if not isinstance(step, PlanBits)]
-    if names and (names[0] != "insert_quantizers" or names.count("insert_quantizers") > 1):
+    """Steps that need others before them have these, and quantizers are inserted once."""
+    rest = steps[1:] if steps and isinstance(steps[0], PlanBits) else steps
+    inserted = [isinstance(step, InsertQuantizers) for step in rest]
+    if rest and (not inserted[0] or sum(inserted) > 1):
         raise UsageError(f"recipe={path}: insert_quantizers: must come first (after plan_bits), and once")
-    before: set[str] = set()
-    for name in names:
-        if name in NEED_STATISTICS and "observe_activations" not in before:
-            raise UsageError(f"recipe={path}: {name}: put observe_activations before it")
-        if name == "channel_equalization" and before & AFTER_EQUALIZATION:
-            raise UsageError(f"recipe={path}: {name}: put it before {', '.join(sorted(before & AFTER_EQUALIZATION))}")
-        before.add(name)
+    for place, step in enumerate(rest):
+        before = rest[:place]
+        if isinstance(step, NEED_STATISTICS) and not any(isinstance(one, ObserveActivations) for one in before):
+            raise UsageError(f"recipe={path}: {step_name(step)}: put observe_activations before it")
+        too_early = [step_name(one) for one in before if not isinstance(one, BEFORE_EQUALIZATION)]
+        if isinstance(step, ChannelEqualization) and too_early:
+            raise UsageError(f"recipe={path}: channel_equalization: put it before {', '.join(too_early)}")
 
 
 def _require_correction(steps: tuple[Step, ...], path: Path) -> None:

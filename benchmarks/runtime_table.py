@@ -34,10 +34,12 @@ CPU_CASES: tuple[Case, ...] = (
     ("baseline", {"precision": "fp16"}),
     ("ptq", {"mode": "w8a8"}),
     ("ptq", {"mode": "w8a8", "placement": "full"}),
+    ("ptq", {"mode": "w8a16"}),
     ("ptq", {"mode": "w4a8"}),
     ("ptq", {"mode": "w4a8", "placement": "full"}),
     ("ptq", {"mode": "w4a8", "weight_storage": "int4"}),
     ("ptq", {"mode": "w4a8", "placement": "full", "weight_storage": "int4"}),
+    ("ptq", {"mode": "w4a16"}),
     ("ptq", {"mode": "w4a16", "weight_storage": "int4"}),
     ("ptq", {"mode": "w4a16", "weight_storage": "int4", "precision": "fp16"}),
 )

@@ -12,7 +12,7 @@ from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.models import fetch_onnx, float_file_of
+from quantrack.tracking.models import fetch_onnx, float_file_of, told_as
 from quantrack.tracking.result import log_benchmark, log_tuning
 
 
@@ -22,14 +22,16 @@ def benchmark(settings: BenchmarkSettings) -> None:
         require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
-        session = open_given(path, settings.provider)
-        facts = file_facts(path, settings.head, session.imgsz)
+        with told_as(settings.onnx, path):
+            session = open_given(path, settings.provider)
+            facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
         float_file = settings.baseline or float_file_of(settings.onnx)
         beside = None
         if float_file:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
-            beside = open_given(float_path, settings.provider)
+            with told_as(float_file, float_path):
+                beside = open_given(float_path, settings.provider)
 
         if settings.tune:
             trials = tune(path, settings.provider, settings.latency_runs, beside)

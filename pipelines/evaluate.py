@@ -13,7 +13,7 @@ from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
 from quantrack.tracking.baseline import find_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
-from quantrack.tracking.models import fetch_onnx
+from quantrack.tracking.models import fetch_onnx, told_as
 from quantrack.tracking.result import comparison_key, log_evaluation
 
 
@@ -24,9 +24,10 @@ def evaluate(settings: OnnxSettings) -> None:
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder))
-        session = open_given(path, settings.provider)
-        require_output(session, settings.head, evaluation_set)
-        facts = file_facts(path, settings.head, session.imgsz)
+        with told_as(settings.onnx, path):
+            session = open_given(path, settings.provider)
+            require_output(session, settings.head, evaluation_set)
+            facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
         log_inputs(evaluation_set, None)
 

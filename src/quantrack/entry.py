@@ -60,11 +60,16 @@ def errors_in_one_line(when_interrupted: str) -> Iterator[None]:
         say(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
-        say(f"error: {error}")
+        say(f"error: {_where_and_why(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
         say(f"interrupted; {when_interrupted}")
         sys.exit(INTERRUPTED)
+
+
+def _where_and_why(error: OSError) -> str:
+    """The place and the reason, without Python's number of the error."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def _refuse(message: str) -> None:

@@ -281,10 +281,10 @@ class CompareSettings(RecipeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs:
+            _require_distinct("runs", self.run_ids)
             return _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
         _require(bool(self.mode_names), f"modes={self.modes}: names none; give some, as in fp32,w4a8")
-        repeated = [mode for mode in self.mode_names if self.mode_names.count(mode) > 1]
-        _require(not repeated, f"modes={self.modes}: {''.join(repeated[:1])} is named twice")
+        _require_distinct("modes", self.mode_names)
         for mode in self.mode_names:
             self.child(mode)
 
@@ -377,11 +377,11 @@ class BenchmarkSettings(OnnxSettings):
 class ReproduceSettings:
     """A finished run to do again from its record."""
 
-    run_id: str = _setting("", "Id of a finished run of baseline, ptq or evaluate.")
+    run_id: str = _setting("", "Id of a finished run of baseline, ptq, qat or evaluate.")
     data_root: str = _setting("", "Where the pictures lie now; empty = where the run found them.")
 
     def __post_init__(self) -> None:
-        _require(bool(self.run_id), "run_id: missing; give the id of a finished run of baseline, ptq or evaluate")
+        _require(bool(self.run_id), "run_id: missing; give the id of a finished run of baseline, ptq, qat or evaluate")
 
 
 @dataclass(frozen=True)
@@ -501,6 +501,11 @@ def parse_plan_bits(text: str) -> tuple[int, ...]:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _require_distinct(name: str, parts: tuple[str, ...]) -> None:
+    repeated = [part for part in parts if parts.count(part) > 1]
+    _require(not repeated, f"{name}={','.join(parts)}: {''.join(repeated[:1])} is named twice")
 
 
 def _require_plan_by(plan_by: str) -> None:

@@ -79,7 +79,16 @@ def test_boxes_that_are_none(coco_root: Path, box: list[float]) -> None:
     content = json.loads(path.read_text())
     content["annotations"][1]["bbox"] = box
     path.write_text(json.dumps(content))
-    with pytest.raises(QuantrackError, match=r"an annotation entry lacks a box: .* is none; fetch the file again"):
+    with pytest.raises(QuantrackError, match=r"an annotation entry is broken \(.* is no box\); fetch the file again"):
+        load_evaluation_set(coco_root, 0)
+
+
+def test_a_box_of_a_category_that_is_not_listed(coco_root: Path) -> None:
+    path = coco_root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 77
+    path.write_text(json.dumps(content))
+    with pytest.raises(QuantrackError, match=r"an annotation entry is broken \(no category 77 is listed\)"):
         load_evaluation_set(coco_root, 0)
 
 

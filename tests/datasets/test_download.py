@@ -427,6 +427,11 @@ def test_build_from_the_data_root_itself(server: Server, coco_root: Path, tmp_pa
         build_from_source(wanted(server, tmp_path, data_root=coco_root), coco_root)
 
 
+def test_build_from_nowhere(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"source=.*/nowhere: no such folder"):
+        build_from_source(wanted(server, tmp_path), tmp_path / "nowhere")
+
+
 def test_build_from_an_incomplete_copy(server: Server, coco_root: Path, tmp_path: Path) -> None:
     (coco_root / "train2017/000000000030.jpg").unlink()
     with pytest.raises(QuantrackError, match=r"train2017/000000000030.jpg: cannot be read.*complete the source"):

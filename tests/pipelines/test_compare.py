@@ -39,6 +39,19 @@ def test_the_comparison_is_logged_whole(comparison: Run, ptq_run: Run) -> None:
     assert quantized["times float32"] > 0
 
 
+def test_runs_are_held_against_each_other_over_the_same_pictures(comparison: Run, ptq_run: Run) -> None:
+    table = json.loads(mlflow.artifacts.load_text(f"runs:/{comparison.info.run_id}/differences.json"))
+    pairs = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(pairs) == 3
+    (pair,) = [one for one in pairs if {one["better run"], one["other run"]} == {"float32", "W4A8"}]
+    sign = 1 if pair["better run"] == "float32" else -1
+    drop = ptq_run.data.metrics
+    ends = sorted(sign * drop[f"mAP50-95_drop_ci_{end}"] for end in ("low", "high"))
+    assert pair["points"] == pytest.approx(sign * drop["mAP50-95_drop"], abs=1e-3)
+    assert [pair["from"], pair["to"]] == pytest.approx(ends, abs=1e-3)
+    assert "is above by" in mlflow.artifacts.load_text(f"runs:/{comparison.info.run_id}/summary.md")
+
+
 def test_the_new_child_is_nested_and_all_are_listed(comparison: Run, ptq_run: Run, shared_store: Path) -> None:
     listed = comparison.data.tags["compared_run_ids"].split(",")
     assert len(listed) == 3
@@ -61,6 +74,7 @@ def test_runs_are_compared_by_id(comparison: Run, shared_store: Path) -> None:
     [
         (("--runs", "nosuchrun,nosuchrun2"), 1, "runs=nosuchrun: no such run"),
         (("--runs", "one"), 2, "give at least two run ids"),
+        (("--runs", "one,two,one"), 2, "runs=one,two,one: one is named twice"),
         (("--modes", "w4a8,w3a8"), 2, "modes=w3a8: unknown mode"),
         (("--modes", ","), 2, "modes=,: names none"),
         (("--modes", "w4a8,W4A8"), 2, "w4a8 is named twice"),

@@ -81,6 +81,7 @@ def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> No
         ),
         ("steps: [{min_max_activation_ranges: {margin: .nan}}]", "margin: nan: must be finite"),
         ("steps: [{distillation: {learning_rate: .inf}}]", "learning_rate: inf: must be finite"),
+        ("steps: [{gptq: {damping: 0.1, damping: 0.2}}]", r"cannot be read \(damping is given twice\)"),
         ("steps: [{gptq: 3}]", "gptq: its settings must be"),
         ("steps: []", "must hold just `steps:`"),
         ("gptq", "must hold just `steps:`"),
@@ -94,6 +95,7 @@ def test_a_broken_recipe_is_refused_in_one_line(text: str, said: str, tmp_path: 
         parse_recipe(str(path))
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value)
+    assert "gptq: gptq" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("after", ["bias_correction", "distillation", "block_reconstruction"])

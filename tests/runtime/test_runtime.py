@@ -16,7 +16,19 @@ from quantrack.runtime.latency import measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
 from quantrack.runtime.parity import match_rows, measure_parity, torch_network
 from quantrack.runtime.placement import measure_placement
-from quantrack.runtime.session import REFERENCE, Session, SessionSettings, _say_once, open_given, open_session
+from quantrack.runtime.session import (
+    REFERENCE,
+    Session,
+    SessionSettings,
+    _say_once,
+    _tensorrt_loads,
+    cuda_problem,
+    open_given,
+    open_session,
+    provider_for,
+    settings_for,
+    tensorrt_problem,
+)
 from quantrack.runtime.tune import candidates, tune
 
 
@@ -155,6 +167,73 @@ def test_tuning_tries_what_can_matter(session: Session) -> None:
     assert {trial.settings.optimization for trial in trials} == {"all", "extended"}
     assert all(trial.ratio is not None and trial.ratio.median > 0 for trial in trials)
     assert all(trial.ratio is None for trial in tune(session.path, "cpu", 10, None))
+
+
+@pytest.mark.parametrize(
+    ("provider", "expected"),
+    [
+        (
+            "cuda",
+            {
+                "defaults", "fold_weights=true", "tf32=false", "fold_weights=true, tf32=false", "cuda_graph=true",
+                "fold_weights=true, cuda_graph=true", "io_binding=false",
+            },
+        ),
+        ("tensorrt", {"defaults", "fp16=true", "io_binding=false"}),
+    ],
+)  # fmt: skip
+def test_a_gpu_has_choices_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, integer_convolution: Path, provider: str, expected: set[str]
+) -> None:
+    """What is tried without a GPU here: the list; TensorRT needs weights' Q/DQ, so they are never folded there."""
+    monkeypatch.setattr("quantrack.runtime.tune.resolve_provider", lambda _: provider)
+    monkeypatch.setattr("quantrack.runtime.session.sums_are_exact", lambda: True)
+    found = [one.text for one in candidates(integer_convolution, provider)]
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+def test_a_file_for_tensorrt_is_opened_as_it_is(monkeypatch: pytest.MonkeyPatch, integer_convolution: Path) -> None:
+    monkeypatch.setattr("quantrack.runtime.session.sums_are_exact", lambda: False)
+    assert settings_for(integer_convolution, "tensorrt") == SessionSettings()
+    assert settings_for(integer_convolution, "cpu") == SessionSettings(exact_sums=True)
+    asked: list[object] = []
+    monkeypatch.setattr("quantrack.runtime.session.resolve_provider", lambda _: "tensorrt")
+    monkeypatch.setattr(
+        "quantrack.runtime.session.ort.InferenceSession", lambda *_, providers: asked.append(providers) or _Loaded()
+    )
+    opened = open_session(integer_convolution, "tensorrt", SessionSettings(fp16=True))
+    assert opened.provider == "tensorrt"
+    cuda = ("CUDAExecutionProvider", {"use_tf32": "1", "enable_cuda_graph": "0"})
+    assert asked == [[("TensorrtExecutionProvider", {"trt_fp16_enable": "1"}), cuda, "CPUExecutionProvider"]]
+
+
+class _Loaded:
+    def get_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_a_file_for_tensorrt_runs_there_where_it_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantrack.runtime.session.tensorrt_problem", lambda: None)
+    assert provider_for("tensorrt", "auto") == "tensorrt"
+    assert provider_for("tensorrt", "cuda") == "cuda"
+    assert provider_for("onnxruntime", "auto") == "auto"
+    monkeypatch.setattr("quantrack.runtime.session.tensorrt_problem", lambda: "no CUDA device")
+    assert provider_for("tensorrt", "auto") == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here, and TensorRT maybe")
+def test_tensorrt_is_absent_for_a_reason() -> None:
+    assert tensorrt_problem() == cuda_problem() or "no TensorRT provider" in str(tensorrt_problem())
+    assert not _tensorrt_loads()
+
+
+def test_a_run_that_copies_gives_the_same_and_is_timed_too(session: Session) -> None:
+    copying = open_session(session.path, "cpu", SessionSettings(io_binding=False))
+    assert copying.settings.text == "io_binding=false"
+    latencies, ratios = measure_in_turns([session, copying], 20)
+    assert [latency.runs for latency in latencies] == [20, 20]
+    assert ratios[1].median > 0
 
 
 def test_session_settings_say_what_differs() -> None:

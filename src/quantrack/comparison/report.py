@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from quantrack.comparison.differences import MATRIX_CAPTION, Matrix, matrix
 from quantrack.comparison.plots import DARK, LIGHT, Theme, class_drop_figure, pareto_figure, ranges_figure
 from quantrack.comparison.runs import LATENCY, SIZE, ComparedRun, Group
 from quantrack.comparison.table import COLUMNS, cells, marks
@@ -69,6 +70,7 @@ class GroupView:
 
     measured_on: str
     runs: tuple[RunView, ...]
+    between: Matrix | None
     plots: tuple[PlotView, ...]
     samples: tuple[SampleView, ...]
 
@@ -101,6 +103,7 @@ def report_html(groups: Sequence[Group], title: str, made: str) -> str:
         title=title,
         made=made,
         columns=[column.title for column in COLUMNS],
+        matrix_caption=MATRIX_CAPTION,
         groups=[group_view(group) for group in groups],
     )
 
@@ -116,7 +119,7 @@ def group_view(group: Group) -> GroupView:
         light, dark = plot.draw(LIGHT), plot.draw(DARK)
         if light is not None and dark is not None:
             plots.append(PlotView(plot.caption, _png_uri(light), _png_uri(dark)))
-    return GroupView(group.circumstances.text, runs, tuple(plots), sample_views(group.runs))
+    return GroupView(group.circumstances.text, runs, matrix(group), tuple(plots), sample_views(group.runs))
 
 
 def sample_views(runs: Sequence[ComparedRun]) -> tuple[SampleView, ...]:

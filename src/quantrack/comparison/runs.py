@@ -74,7 +74,8 @@ class ComparedRun:
     """What one run measured; what it did not measure is absent.
 
     `ranges` are its activation quantizers' lower and upper ends by layer, empty where activations stay
-    float; `classes` are those with ground truth.
+    float; `classes` are those with ground truth; `resampled` is mAP50-95 on resampled pictures, the same ones for
+    all runs on a set, [resamples].
     """
 
     run_id: str
@@ -89,6 +90,7 @@ class ComparedRun:
     samples: tuple[Sample, ...] = ()
     label: str = ""
     variant: str = ""
+    resampled: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

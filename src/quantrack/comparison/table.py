@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantrack.comparison.differences import MATRIX_CAPTION, matrix, matrix_markdown
 from quantrack.comparison.runs import (
     ACCURACY,
     LATENCY,
@@ -93,6 +94,9 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
         lines += ["| --- |" + " ---: |" * len(COLUMNS)]
         lines += ["| " + " | ".join((run.label, *cells(run))) + " |" for run in group.runs]
         lines += [""]
+        between = matrix(group)
+        if between is not None:
+            lines += [MATRIX_CAPTION, "", *matrix_markdown(between), ""]
     lines += [
         "`drop` is held against float32, `from` and `to` bound it at 95 % (paired bootstrap over the pictures);",
         "`times float32` is the latency over that of the float32 run. A dash: not measured.",

@@ -101,15 +101,16 @@ def annotated_set(
 ) -> EvaluationSet:
     """Some pictures of a parsed annotation file, with their boxes."""
     kept = {picture.id for picture in pictures}
-    categories = sorted(content["categories"], key=lambda row: int(row["id"]))
+    rows = sorted(content["categories"], key=lambda row: int(row["id"]))
+    categories = tuple(Category(int(row["id"]), str(row["name"])) for row in rows)
     parts = [file_digest(annotation_file)]
     parts += [f"{picture.id} {file_digest(picture.path)}" for picture in pictures]
     return EvaluationSet(
         root=data_root,
         annotation_file=annotation_file,
         pictures=pictures,
-        categories=tuple(Category(int(row["id"]), str(row["name"])) for row in categories),
-        boxes=tuple(_true_boxes(content["annotations"], kept, annotation_file)),
+        categories=categories,
+        boxes=tuple(_true_boxes(content["annotations"], kept, {one.id for one in categories}, annotation_file)),
         digest=combined_digest(parts),
         split=split,
     )
@@ -170,8 +171,10 @@ def picture_of(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Pi
     """
     try:
         picture = Picture(int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; fetch the file again") from error
+    except (TypeError, ValueError) as error:
+        raise QuantrackError(f"{annotation_file}: a picture entry is broken ({error}); fetch the file again") from error
     if not picture.path.is_file():
         raise QuantrackError(
             f"{picture.path}: missing, though {annotation_file.name} lists it; run the `data` entry point"
@@ -179,14 +182,18 @@ def picture_of(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Pi
     return picture
 
 
-def _true_boxes(rows: list[dict[str, Any]], kept: set[int], annotation_file: Path) -> Iterator[TrueBox]:
+def _true_boxes(
+    rows: list[dict[str, Any]], kept: set[int], category_ids: set[int], annotation_file: Path
+) -> Iterator[TrueBox]:
     for row in rows:
         try:
             if int(row["image_id"]) not in kept:
                 continue
             x, y, width, height = (float(value) for value in row["bbox"])
             if not all(math.isfinite(value) for value in (x, y, width, height)) or min(width, height) < 0:
-                raise ValueError(f"a box: {row['bbox']} is none")
+                raise ValueError(f"{row['bbox']} is no box")
+            if int(row["category_id"]) not in category_ids:
+                raise ValueError(f"no category {row['category_id']} is listed")
             yield TrueBox(
                 image_id=int(row["image_id"]),
                 category_id=int(row["category_id"]),
@@ -194,7 +201,11 @@ def _true_boxes(rows: list[dict[str, Any]], kept: set[int], annotation_file: Pat
                 crowd=bool(row.get("iscrowd", 0)),
                 area=float(row.get("area", width * height)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
             raise QuantrackError(
                 f"{annotation_file}: an annotation entry lacks {error}; fetch the file again"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise QuantrackError(
+                f"{annotation_file}: an annotation entry is broken ({error}); fetch the file again"
             ) from error

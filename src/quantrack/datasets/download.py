@@ -84,6 +84,8 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
     """
     if source.resolve() == settings.data_root.resolve():
         raise UsageError(f"source={source}: is the data_root itself; name the folder to build from")
+    if not source.is_dir():
+        raise UsageError(f"source={source}: no such folder; name one with the official COCO layout")
     for instances in (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS):
         if instances == VAL_ANNOTATIONS or (source / instances).is_file():
             read_annotations(source, source / instances)

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import UsageError
-from quantrack.evaluation.coco_metrics import coco_evaluation, drop_points
+from quantrack.evaluation.coco_metrics import coco_evaluation
 from quantrack.evaluation.types import Detection
 from quantrack.progress import track
 
@@ -80,14 +80,29 @@ def paired_drop_interval(
         QuantrackError: a detection belongs to a picture outside the set.
     """
     settings = settings or BootstrapSettings()
+    first, second = (resampled_map(evaluation_set, each, settings) for each in (baseline, candidate))
+    low, high = drop_bounds(first, second, settings.confidence)
+    return DropInterval(low, high, settings.resamples, len(evaluation_set.pictures))
+
+
+def resampled_map(
+    evaluation_set: EvaluationSet, detections: Sequence[Detection], settings: BootstrapSettings
+) -> Floats:
+    """One detector's mAP50-95 (0..1) on each resample, [resamples]; equal settings draw the same pictures.
+
+    Raises:
+        QuantrackError: a detection belongs to a picture outside the set.
+    """
     draws = _draws(len(evaluation_set.pictures), settings)
-    most_drawn = int(draws.max())
-    first = MatchedDetections(evaluation_set, baseline, most_drawn)
-    second = MatchedDetections(evaluation_set, candidate, most_drawn)
-    drops = [drop_points(first.mean_ap(drawn), second.mean_ap(drawn)) for drawn in track(draws, "bootstrap")]
-    outside = (1 - settings.confidence) / 2
-    low, high = np.quantile(drops, [outside, 1 - outside])
-    return DropInterval(float(low), float(high), settings.resamples, len(evaluation_set.pictures))
+    matched = MatchedDetections(evaluation_set, detections, int(draws.max()))
+    return np.array([matched.mean_ap(drawn) for drawn in track(draws, "bootstrap")])
+
+
+def drop_bounds(baseline: Floats, candidate: Floats, confidence: float) -> tuple[float, float]:
+    """The middle `confidence` of the drops between two detectors on the same resamples, in points."""
+    outside = (1 - confidence) / 2
+    low, high = np.quantile(100 * (baseline - candidate), [outside, 1 - outside])
+    return float(low), float(high)
 
 
 def _draws(pictures: int, settings: BootstrapSettings) -> Integers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
@@ -107,6 +107,17 @@ RECIPES: dict[str, tuple[Step, ...]] = {
 }
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a setting that is given twice is an error; PyYAML keeps the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe(text: str) -> Recipe:
     """A named recipe, or one read from a `*.yaml` file.
 
@@ -127,7 +138,7 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: the file is missing or broken, or a step or one of its settings is unknown or refused.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"recipe={path}: cannot be read ({reason}); give a YAML file with `steps:`") from error
@@ -234,7 +245,9 @@ def _step(item: object, path: Path) -> Step:
         return kind(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in settings.items()})
     except UsageError as error:
         message = str(error)
-        raise UsageError(message if message.startswith(where) else f"{where}: {message}") from error
+        raise UsageError(
+            message if message.startswith(where) else f"{where}: {message.removeprefix(f'{name}: ')}"
+        ) from error
 
 
 def _typed(value: object, kind: object, where: str) -> object:

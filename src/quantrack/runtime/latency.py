@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -80,15 +81,15 @@ def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Late
     """
     if runs < 1:
         raise UsageError(f"latency_runs={runs}: must be at least 1")
-    bindings = [_bind(session) for session in sessions]
-    for session, binding in zip(sessions, bindings, strict=True):
-        _warm_up(session, binding, runs)
+    timed = [_one_run(session) for session in sessions]
+    for run in timed:
+        _warm_up(run, runs)
     blocks: list[list[Milliseconds]] = [[] for _ in sessions]
     sizes = [min(BLOCK, runs - done) for done in range(0, runs, BLOCK)]
     for size in track(sizes, "measuring latency"):
-        for place, (session, binding) in enumerate(zip(sessions, bindings, strict=True)):
+        for place, run in enumerate(timed):
             settling = SETTLING if len(sessions) > 1 else 0
-            blocks[place].append(_time(session, binding, settling + size)[settling:])
+            blocks[place].append(_time(run, settling + size)[settling:])
     medians = [np.array([np.median(block) for block in turns]) for turns in blocks]
     latencies = tuple(_latency(np.concatenate(turns), each) for turns, each in zip(blocks, medians, strict=True))
     return latencies, tuple(Ratio(*_median_interval(each / medians[0])) for each in medians)
@@ -107,30 +108,42 @@ def _median_interval(values: Milliseconds) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def _warm_up(session: Session, binding: ort.IOBinding, runs: int) -> None:
+def _warm_up(run: Callable[[], object], runs: int) -> None:
     """Run until two blocks in a row take the same time, or for ten blocks; with few runs to time, for as many."""
     before = np.inf
     for _ in range(max(2, min(WARM_UP_BLOCKS, -(-runs // BLOCK)))):
-        now = float(np.median(_time(session, binding, BLOCK)))
+        now = float(np.median(_time(run, BLOCK)))
         if abs(now - before) <= STABLE * now:
             return
         before = now
 
 
-def _time(session: Session, binding: ort.IOBinding, runs: int) -> Milliseconds:
+def _time(run: Callable[[], object], runs: int) -> Milliseconds:
     seconds = np.empty(runs)
     for index in range(runs):
         start = time.perf_counter()
-        session.inference.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        run()
         seconds[index] = time.perf_counter() - start
     return seconds * 1000
 
 
-def _bind(session: Session) -> ort.IOBinding:
+def _one_run(session: Session) -> Callable[[], object]:
+    """What is timed: one grey picture through the network, as the session's settings bind input and output."""
+    images = np.full((1, 3, session.imgsz, session.imgsz), 114 / 255, np.float32)
+    if not session.settings.io_binding:
+        return partial(session.run, images)
+    binding = _bind(session, images)
+
+    def run() -> None:
+        session.inference.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
+
+
+def _bind(session: Session, images: NDArray[np.float32]) -> ort.IOBinding:
     """Input and output live on the device, so that host copies are not timed."""
     device = "cpu" if session.provider == CPU else "cuda"
-    images = np.full((1, 3, session.imgsz, session.imgsz), 114 / 255, np.float32)
     binding = session.inference.io_binding()
     binding.bind_ortvalue_input(
         session.inference.get_inputs()[0].name, ort.OrtValue.ortvalue_from_numpy(images, device, 0)

@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers, sums_can_saturate
@@ -39,7 +41,8 @@ class SessionSettings:
     `fold_weights`: dequantize weights once, as the file is loaded (`session.disable_quant_qdq`), which
     rules out integer kernels. `exact_sums`: integer kernels that do not saturate, for processors where the usual
     ones do (`session.x64quantprecision`). `threads`: 0 = one for each core that this process may use. `tf32` and
-    `cuda_graph` concern CUDA only.
+    `cuda_graph` concern CUDA only, `fp16` (may compute in float16 where that is faster) TensorRT only. `io_binding`
+    says how runs are timed: with input and output on the device, or copied in each run.
     """
 
     fold_weights: bool = False
@@ -48,6 +51,8 @@ class SessionSettings:
     threads: int = 0
     tf32: bool = True
     cuda_graph: bool = False
+    fp16: bool = False
+    io_binding: bool = True
 
     def __post_init__(self) -> None:
         if self.optimization not in OPTIMIZATION:
@@ -69,10 +74,14 @@ class SessionSettings:
 REFERENCE = SessionSettings(optimization="off")  # every node as the file states it, Q/DQ in float
 
 
-def settings_for(path: Path) -> SessionSettings:
+def settings_for(path: Path, provider: str) -> SessionSettings:
     """What the file needs here: exact sums for integer kernels where they would saturate, and folded weights for
     a quantized file without integer kernels, where they save a fifth of the time.
+
+    TensorRT takes the file as it is: it needs the weights' Q/DQ for its own integer kernels.
     """
+    if provider == TENSORRT:
+        return SessionSettings()
     if has_integer_convolutions(path):
         return SessionSettings(exact_sums=not sums_are_exact() and sums_can_saturate(path))
     return SessionSettings(fold_weights=has_quantizers(path))
@@ -131,6 +140,11 @@ def resolve_provider(provider: str) -> str:
     return CPU
 
 
+def provider_for(target: str, provider: str) -> str:
+    """The provider setting for a file of this target: for TensorRT's, `auto` takes TensorRT where it is there."""
+    return TENSORRT if target == TENSORRT and provider == "auto" and tensorrt_problem() is None else provider
+
+
 @cache
 def _say_once(line: str) -> None:
     """A run opens several sessions; one line says it for all."""
@@ -158,15 +172,38 @@ def cuda_problem() -> str | None:
     return None
 
 
+def tensorrt_problem() -> str | None:
+    """Why ONNX Runtime cannot use TensorRT here, in one phrase; None if it can."""
+    if FULL_NAMES[TENSORRT] not in ort.get_available_providers():
+        return "this ONNX Runtime has no TensorRT provider; install onnxruntime-gpu"
+    why_not = cuda_problem()
+    if why_not is not None:
+        return why_not
+    return None if _tensorrt_loads() else "TensorRT's libraries do not load; install tensorrt"
+
+
+@cache
+def _tensorrt_loads() -> bool:
+    """ONNX Runtime lists the provider whether or not its libraries are there; only a session tells."""
+    value = make_tensor_value_info("value", TensorProto.FLOAT, [1])
+    same = make_tensor_value_info("same", TensorProto.FLOAT, [1])
+    graph = make_graph([make_node("Identity", ["value"], ["same"])], "identity", [value], [same])
+    tiny = make_model(graph, opset_imports=[make_opsetid("", 13)], ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(tiny.SerializeToString(), options, providers=[FULL_NAMES[TENSORRT]])
+    return FULL_NAMES[TENSORRT] in session.get_providers()
+
+
 def open_session(path: Path, provider: str, settings: SessionSettings | None = None) -> Session:
-    """Open a file on the provider asked for, or resolved from `auto`; with `settings_for(path)` where none are given.
+    """Open a file on the provider asked for, or resolved from `auto`; with `settings_for` where none are given.
 
     Raises:
         QuantrackError: `cuda` was asked for and is not there or does not load, or ONNX Runtime
             refuses the file.
     """
     resolved = resolve_provider(provider)
-    chosen = settings or settings_for(path)
+    chosen = settings or settings_for(path, resolved)
     session = _session(path, resolved, chosen)
     if FULL_NAMES[resolved] in session.get_providers():
         return Session(path, session, resolved, chosen)
@@ -231,6 +268,6 @@ def _session(path: Path, provider: str, settings: SessionSettings, profile: Path
 def _providers(provider: str, settings: SessionSettings) -> list[str | tuple[str, dict[str, str]]]:
     if provider == CPU:
         return [FULL_NAMES[CPU]]
-    options = {"use_tf32": str(int(settings.tf32)), "enable_cuda_graph": str(int(settings.cuda_graph))}
-    first: list[str | tuple[str, dict[str, str]]] = [FULL_NAMES[TENSORRT]] if provider == TENSORRT else []
-    return [*first, (FULL_NAMES[CUDA], options), FULL_NAMES[CPU]]
+    cuda = (FULL_NAMES[CUDA], {"use_tf32": str(int(settings.tf32)), "enable_cuda_graph": str(int(settings.cuda_graph))})
+    tensorrt = (FULL_NAMES[TENSORRT], {"trt_fp16_enable": str(int(settings.fp16))})
+    return [*([tensorrt] if provider == TENSORRT else []), cuda, FULL_NAMES[CPU]]

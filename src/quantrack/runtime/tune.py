@@ -11,6 +11,7 @@ from quantrack.progress import say
 from quantrack.runtime.latency import Latency, Ratio, measure_in_turns
 from quantrack.runtime.session import (
     CUDA,
+    TENSORRT,
     Session,
     SessionSettings,
     open_session,
@@ -34,17 +35,26 @@ def candidates(path: Path, provider: str) -> tuple[SessionSettings, ...]:
 
     A captured CUDA graph needs every node on the GPU; where that fails, the combination is left out.
     """
-    plain = SessionSettings(exact_sums=settings_for(path).exact_sums)  # what is right comes before what is fast
-    found = [plain]
+    resolved = resolve_provider(provider)
+    if resolved == TENSORRT:
+        return _for_gpu((SessionSettings(), SessionSettings(fp16=True)))
+    # what is right comes before what is fast
+    plain = SessionSettings(exact_sums=settings_for(path, resolved).exact_sums)
+    found: tuple[SessionSettings, ...] = (plain,)
     if has_quantizers(path):
-        found.append(SessionSettings(fold_weights=True))
-    if resolve_provider(provider) == CUDA:
-        found += [*(replace(one, tf32=False) for one in found), *(replace(one, cuda_graph=True) for one in found)]
-    else:
-        found += [replace(one, optimization="extended") for one in tuple(found)]
-        if usable_cores() > 1:
-            found += [replace(one, threads=1) for one in tuple(found) if one.optimization == "all"]
-    return tuple(found)
+        found += (SessionSettings(fold_weights=True),)
+    if resolved == CUDA:
+        without = tuple(replace(one, tf32=False) for one in found)
+        return _for_gpu((*found, *without, *(replace(one, cuda_graph=True) for one in found)))
+    found += tuple(replace(one, optimization="extended") for one in found)
+    if usable_cores() > 1:
+        found += tuple(replace(one, threads=1) for one in found if one.optimization == "all")
+    return found
+
+
+def _for_gpu(found: tuple[SessionSettings, ...]) -> tuple[SessionSettings, ...]:
+    """With what copying the picture to the GPU and the result back costs, once."""
+    return (*found, replace(found[0], io_binding=False))
 
 
 def tune(path: Path, provider: str, runs: int, beside: Session | None) -> tuple[Trial, ...]:

@@ -27,7 +27,7 @@ from quantrack.settings import BaselineSettings, parse_settings
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
 from quantrack.tracking.models import fetch_onnx
-from quantrack.tracking.record import log_run_digest
+from quantrack.tracking.record import SOFTWARE, log_run_digest, software_digest
 from quantrack.tracking.result import log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 
@@ -108,8 +108,8 @@ def find_or_measure_baseline(
     parameters: Mapping[str, str],
     latency_runs: int,
 ) -> Baseline:
-    """Reuse the float32 baseline of this key and processor, or measure it in a nested run of the same settings."""
-    baseline = find_baseline(key, {"device_name": device_name(key.provider)})
+    """Reuse the float32 baseline of this key, processor and software, or measure it in a nested run like this one."""
+    baseline = find_baseline(key, {"device_name": device_name(key.provider), SOFTWARE: software_digest()})
     if baseline is not None:
         say(f"float32 baseline: reusing run {baseline.run_id}")
     else:

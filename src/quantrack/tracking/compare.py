@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 from mlflow.entities import Run
 
+from quantrack.comparison.differences import difference_columns
 from quantrack.comparison.plots import LIGHT
 from quantrack.comparison.report import group_plots, report_html
 from quantrack.comparison.runs import CIRCUMSTANCES, COMPARED, Circumstances, ClassScore, ComparedRun, Group, Sample
@@ -22,17 +23,18 @@ from quantrack.evaluation.samples import split_panels
 from quantrack.schemes import SCHEMES, variant_words
 from quantrack.tracking.environment import git_commit
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
+from quantrack.tracking.resample import resampled_runs
 
 SAMPLES = 4
 
 
 def read_runs(run_ids: Sequence[str]) -> tuple[ComparedRun, ...]:
-    """The runs of these ids, in order.
+    """The runs of these ids, in order, resampled where they were measured alike.
 
     Raises:
         QuantrackError: one is not there, is not finished, or measured no accuracy.
     """
-    return tuple(read_run(run_id) for run_id in dict.fromkeys(run_ids))
+    return resampled_runs([read_run(run_id) for run_id in dict.fromkeys(run_ids)])
 
 
 def read_run(run_id: str) -> ComparedRun:
@@ -47,7 +49,7 @@ def read_run(run_id: str) -> ComparedRun:
     missing = [tag for tag in (*CIRCUMSTANCES, "mode", "recipe", "model_name") if tag not in run.data.tags]
     if missing:
         raise QuantrackError(
-            f"runs={run_id}: it does not say its {missing[0]}; give ids of runs of baseline, ptq or evaluate"
+            f"runs={run_id}: it does not say its {missing[0]}; give ids of runs of baseline, ptq, qat or evaluate"
         )
     return _compared(run)
 
@@ -98,10 +100,11 @@ def _samples(run_id: str, folder: Path) -> tuple[Sample, ...]:
 
 
 def log_comparison(groups: Sequence[Group], title: str) -> None:
-    """`comparison.json` (a table), `report.html`, `summary.md`, a plot of each kind and group; the description."""
+    """`comparison.json`, `differences.json`, `report.html`, `summary.md`, plots by group; the run's description."""
     run_ids = [run.run_id for group in groups for run in group.runs]
     mlflow.set_tag(COMPARED, ",".join(run_ids))
     mlflow.log_table(table_columns(groups), "comparison.json")
+    mlflow.log_table(difference_columns(groups), "differences.json")
     text = summary_markdown(groups, title)
     mlflow.log_text(text, "summary.md")
     mlflow.set_tag("mlflow.note.content", text)

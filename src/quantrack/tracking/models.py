@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -46,6 +47,15 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
     except Exception as error:  # stores raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({reason})") from error
+
+
+@contextmanager
+def told_as(reference: str, path: Path) -> Iterator[None]:
+    """What is wrong with a fetched file is said of what the user named, not of the copy."""
+    try:
+        yield
+    except QuantrackError as error:
+        raise type(error)(str(error).replace(str(path), reference)) from error
 
 
 def float_file_of(reference: str) -> str:

@@ -15,7 +15,7 @@ from quantrack.evaluation.measure import Proof, prove
 from quantrack.onnx.files import export_quantized_files
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.state import save_quantized
-from quantrack.runtime.session import open_session
+from quantrack.runtime.session import open_session, provider_for
 from quantrack.runtime.variants import make_variant, reference_for
 from quantrack.settings import PtqSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
@@ -49,18 +49,19 @@ def prove_and_log(
         target=settings.target,
         method=method,
     )
+    provider = provider_for(settings.target, settings.provider)
     with tempfile.TemporaryDirectory() as folder:
         _log_state(job, Path(folder))
         exported = export_quantized_files(job.model, facts, Path(folder))
-        files = make_variant(exported, facts, job.calibration, settings.provider)
-        session = open_session(files.optimized, settings.provider)
+        files = make_variant(exported, facts, job.calibration, provider)
+        session = open_session(files.optimized, provider)
         key = comparison_key(facts, evaluation_set, session.provider)
         float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
         baseline = find_or_measure_baseline(
             detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
-        reference = reference_for(files, facts, job.model, settings.provider)
-        beside = baseline.open(settings.provider, Path(folder) / "float32")
+        reference = reference_for(files, facts, job.model, provider)
+        beside = baseline.open(provider, Path(folder) / "float32")
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
         log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)

@@ -12,13 +12,13 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
 from quantrack.files import combined_digest, file_digest
-from quantrack.runtime.session import resolve_provider
+from quantrack.runtime.session import provider_for, resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
 from quantrack.tracking.environment import device_name, installed_versions
 from quantrack.tracking.models import fetch_plan
 
-RUN_DIGEST = "run_digest"
+RUN_DIGEST, SOFTWARE = "run_digest", "software_digest"
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
 BY_CONTENT = (
@@ -37,7 +37,8 @@ def run_digest(
     """
     no_use = () if calibration else ("calib_images",)  # a float detector is calibrated on nothing
     texts = {name: text for name, text in setting_texts(settings).items() if name not in (*BY_CONTENT, *no_use)}
-    provider = resolve_provider(settings.provider)
+    target = settings.target if isinstance(settings, PtqSettings) else ""
+    provider = resolve_provider(provider_for(target, settings.provider))
     parts = [type(settings).__name__, repr(sorted(texts.items())), detector.digest, evaluation_set.digest]
     parts += [calibration.digest if calibration else "", provider, device_name(provider)]
     parts += [str(resolve_device(settings.device))]
@@ -45,10 +46,14 @@ def run_digest(
         recipe = settings.chosen_recipe()
         parts += [parse_mode(settings.mode).name, recipe.name, recipe.text()]
         parts += [repr(fetch_plan(settings.plan).record())] if settings.plan else []
-    parts += [repr(sorted(installed_versions().items()))]
+    return combined_digest([*parts, software_digest()])
+
+
+def software_digest() -> str:
+    """Of the libraries' versions and of the code of Quantrack that decides a result."""
+    parts = [repr(sorted(installed_versions().items()))]
     parts += [file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))]
-    parts.append(file_digest(PACKAGE / "schemes.py"))
-    return combined_digest(parts)
+    return combined_digest([*parts, file_digest(PACKAGE / "schemes.py")])
 
 
 def log_run_digest(

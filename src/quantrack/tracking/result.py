@@ -19,6 +19,7 @@ from quantrack.runtime.tune import Trial
 from quantrack.schemes import SCHEMES
 from quantrack.tracking.log import log_files, log_proof, log_provider, log_speed
 from quantrack.tracking.models import log_model
+from quantrack.tracking.record import SOFTWARE, software_digest
 from quantrack.tracking.summary import log_summary
 
 
@@ -119,6 +120,7 @@ def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str
     """Tags to filter by, and those that say which runs may be compared."""
     key = comparison_key(facts, evaluation_set, provider)
     mlflow.set_tags(key.tags() | {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model})
+    mlflow.set_tag(SOFTWARE, software_digest())
     if facts.mode in SCHEMES:
         mlflow.set_tags(facts.variant_values())
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from quantrack.allocator import keep_freed_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_RUNS = "quick runs"
 FILES_OF_QUICK_RUNS = (
@@ -29,6 +31,7 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)  # loaded by now, and so beyond the variable
+    keep_freed_memory()  # as entry points do
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

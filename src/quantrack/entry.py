@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from quantrack.allocator import keep_freed_memory
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import say
 from quantrack.settings import default_texts, parse_settings, setting_name
@@ -29,6 +30,7 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     sees one line, and the run carries it as the tag `failure_reason`.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()
 
     def command(**by_field: str) -> None:
         texts = {setting_name(item): by_field[item.name] for item in fields(settings_type)}  # type: ignore[arg-type]

@@ -2,7 +2,7 @@ import pytest
 
 from quantrack.errors import UsageError
 from quantrack.quantization.plan_bits import PlanBits
-from quantrack.settings import CompareSettings, PtqSettings, parse_settings, setting_texts
+from quantrack.settings import CompareSettings, DataSettings, PtqSettings, parse_settings, setting_texts
 
 PLANS = (
     ({}, PlanBits()),
@@ -83,3 +83,11 @@ def test_integer_kernels_do_not_compute_in_float16():
 def test_an_unknown_storage_is_refused():
     with pytest.raises(UsageError, match="weight_storage=int2: unknown weight_storage; use int8 or int4"):
         PtqSettings(weight_storage="int2")
+
+
+@pytest.mark.parametrize(
+    ("root", "said"), [("demo", "the embedded demo needs no preparing"), ("''", "data_root: empty")]
+)
+def test_there_must_be_a_folder_to_prepare(root, said):
+    with pytest.raises(UsageError, match=said):
+        parse_settings(DataSettings, {"data_root": root})

@@ -450,6 +450,12 @@ class DataSettings:
     source: str = _setting("", "Build from this folder in the official layout instead of downloading.")
     base_url: str = _setting("http://images.cocodataset.org", "Where COCO is served.")
 
+    def __post_init__(self) -> None:
+        _require(bool(self.data_root), "data_root: empty; name the folder to prepare")
+        _require(
+            self.data_root != DEMO, "data_root=demo: the embedded demo needs no preparing; name the folder to prepare"
+        )
+
 
 def parse_settings(settings_type: type[T], values: Mapping[str, str]) -> T:
     """Settings from texts, as the command line and `mlflow run -P` give them.

@@ -320,6 +320,22 @@ def test_interrupt_ends_the_other_threads(coco_server: Server, tmp_path: Path, m
     assert not policy.stop.is_set()  # the next call with these settings is not stopped
 
 
+def test_a_random_draw_fetches_what_it_can_draw_from(coco_server: Server, tmp_path: Path) -> None:
+    names = set()
+    for place in ("one", "two"):
+        settings = wanted(coco_server, tmp_path, calib_list="random", calib_images=2, data_root=tmp_path / place)
+        assert download_coco(settings).downloaded == 4
+        names.add(tuple(sorted(path.name for path in (tmp_path / place / "train2017").iterdir())))
+    (drawn,) = names  # the same each time
+    assert len(drawn) == 2
+
+
+def test_a_random_draw_from_a_copy_without_train_annotations(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    settings = wanted(server, tmp_path, calib_list="random", calib_images=3)
+    assert build_from_source(settings, coco_root).downloaded == 5
+    assert len(list((tmp_path / "data/train2017").iterdir())) == 3
+
+
 def test_a_picture_listed_twice_is_fetched_once(coco_server: Server, tmp_path: Path) -> None:
     settings = wanted(coco_server, tmp_path)
     Path(settings.calib_list).write_text("train2017/000000000010.jpg\nelsewhere/train2017/000000000010.jpg\n")

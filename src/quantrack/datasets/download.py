@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import zipfile
 import zlib
@@ -105,20 +106,35 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
 
 
 def wanted_pictures(settings: DownloadSettings, root: Path) -> Iterator[str]:
-    """Paths under the data root: evaluation pictures by annotation, then the calibration list's."""
+    """Paths under the data root: evaluation pictures by annotation, then the calibration list's, or some drawn."""
     annotation_file = root / VAL_ANNOTATIONS
     images = sorted(read_annotations(root, annotation_file)["images"], key=lambda entry: int(entry["id"]))
     if settings.eval_images > len(images):
         raise UsageError(f"eval_images={settings.eval_images}: {annotation_file} lists only {len(images)} pictures")
     for entry in images[: settings.eval_images or len(images)]:
-        name = Path(str(entry["file_name"]))
-        if name.name != str(name):
-            raise QuantrackError(f"{annotation_file}: file name {name} is a path; fetch the file again")
-        yield f"val2017/{name}"
-    if settings.calib_list != "random":
-        lines = read_list(Path(settings.calib_list))
-        for line in lines[: settings.calib_images or len(lines)]:
-            yield f"train2017/{Path(line).name}"
+        yield f"val2017/{_file_name(entry, annotation_file)}"
+    lines = _drawn(settings, root) if settings.calib_list == "random" else read_list(Path(settings.calib_list))
+    for line in lines[: settings.calib_images or len(lines)]:
+        yield f"train2017/{Path(line).name}"
+
+
+def _drawn(settings: DownloadSettings, root: Path) -> list[str]:
+    """The train pictures in a random order that is the same each time; without annotations those of the folder."""
+    if (root / TRAIN_ANNOTATIONS).is_file():
+        entries = read_annotations(root, root / TRAIN_ANNOTATIONS)["images"]
+        names = sorted(_file_name(entry, root / TRAIN_ANNOTATIONS) for entry in entries)
+    else:
+        names = sorted(path.name for path in (root / "train2017").glob("*.jpg"))
+    return random.Random(0).sample(names, len(names))
+
+
+def _file_name(entry: dict[str, object], annotation_file: Path) -> str:
+    name = str(entry.get("file_name", ""))
+    if not name or Path(name).name != name:
+        raise QuantrackError(
+            f"{annotation_file}: file name {name or 'of a picture'} is a path or missing; fetch it again"
+        )
+    return name
 
 
 def _fetch_annotations(settings: DownloadSettings) -> int:

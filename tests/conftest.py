@@ -1,15 +1,15 @@
-"""Fixtures for all rooms."""
+"""Fixtures for all rooms.
+
+Large libraries are imported where they are used: the process that hands out tests has no use for them, and the workers
+wait for it.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import mlflow
-import numpy as np
 import pytest
-import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from quantrack.allocator import keep_freed_memory
@@ -27,6 +27,8 @@ def pytest_configure() -> None:
     """Each parallel worker and its child processes keep to a core: threads that wait for each other cost tenfold."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
+        import torch
+
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -81,6 +83,8 @@ def real_inputs() -> Path:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A fresh MLflow store in a folder of its own, which is also the working directory."""
+    import mlflow
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
@@ -90,6 +94,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def write_picture(path: Path, width: int = 64, height: int = 48, seed: int = 0) -> None:
+    import cv2
+    import numpy as np
+
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     cv2.imwrite(str(path), pixels)

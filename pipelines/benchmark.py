@@ -22,7 +22,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
         require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
-        with told_as(settings.onnx, path):
+        with told_as("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
@@ -30,7 +30,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
         beside = None
         if float_file:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
-            with told_as(float_file, float_path):
+            with told_as("baseline", float_file, float_path):
                 beside = open_given(float_path, settings.provider)
 
         if settings.tune:

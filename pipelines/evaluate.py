@@ -24,7 +24,7 @@ def evaluate(settings: OnnxSettings) -> None:
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder))
-        with told_as(settings.onnx, path):
+        with told_as("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             require_output(session, settings.head, evaluation_set)
             facts = file_facts(path, settings.head, session.imgsz)

@@ -1,5 +1,6 @@
 """Freed memory stays with the process, so that the next tensor of its size costs no page faults."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -35,13 +36,15 @@ print(faults_of_passes(4))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library, whose memory is its own affair")
 def test_a_pass_takes_the_memory_of_the_pass_before() -> None:
-    """Twelve tensors of 26 MB a pass: a hundred thousand pages that the system had to fill."""
+    """Twelve tensors of 26 MB a pass: a hundred thousand pages that the system had to fill, or fewer huge ones."""
     faults = {}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     for mode in ("as it is", "kept"):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True, env=environment
+        )
         faults[mode] = int(done.stdout)
-    assert faults["as it is"] > 100_000
-    assert faults["kept"] < 10_000
+    assert faults["kept"] < 0.2 * faults["as it is"]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Let the C library keep freed memory: a network asks for the same large tensors in every pass.
 
 glibc gives freed memory back to the system but for 64 MiB at most, and has new memory filled with zeros page by page.
-PyTorch's CPU tensors come from there: a float pass of YOLOv10n, eight pictures at a time, took a quarter longer.
+PyTorch's CPU tensors come from there: a float pass of YOLOv10n, eight pictures at a time, took a quarter to a third
+longer.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def errors_in_one_line(when_interrupted: str) -> Iterator[None]:
 
 def _where_and_why(error: OSError) -> str:
     """The place and the reason, without Python's number of the error."""
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
+    return f"{places}: {error.strerror}" if places and error.strerror else str(error)
 
 
 def _refuse(message: str) -> None:

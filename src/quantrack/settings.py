@@ -443,7 +443,7 @@ class DataSettings:
     """What to download, or the copy to build from."""
 
     data_root: str = _setting("datasets/coco2017/source-data", "Folder to prepare.")
-    calib_list: str = _setting(DEFAULT_CALIBRATION_LIST, "List of calibration pictures to fetch.")
+    calib_list: str = _setting(DEFAULT_CALIBRATION_LIST, "List of calibration pictures to fetch, or random.")
     calib_images: int = _setting(100, "Calibration pictures; 0 = all of the list.")
     eval_images: int = _setting(100, "Evaluation pictures, the first by id; 0 = all.")
     images: str = _setting("listed", "listed (one by one) or all (the full archives).")

@@ -321,19 +321,28 @@ def test_interrupt_ends_the_other_threads(coco_server: Server, tmp_path: Path, m
 
 
 def test_a_random_draw_fetches_what_it_can_draw_from(coco_server: Server, tmp_path: Path) -> None:
-    names = set()
+    expected = random.Random(0).sample([f"{number:012d}.jpg" for number in (10, 20, 30, 40)], 2)
     for place in ("one", "two"):
         settings = wanted(coco_server, tmp_path, calib_list="random", calib_images=2, data_root=tmp_path / place)
         assert download_coco(settings).downloaded == 4
-        names.add(tuple(sorted(path.name for path in (tmp_path / place / "train2017").iterdir())))
-    (drawn,) = names  # the same each time
-    assert len(drawn) == 2
+        assert sorted(path.name for path in (tmp_path / place / "train2017").iterdir()) == sorted(expected)
 
 
-def test_a_random_draw_from_a_copy_without_train_annotations(server: Server, coco_root: Path, tmp_path: Path) -> None:
-    settings = wanted(server, tmp_path, calib_list="random", calib_images=3)
-    assert build_from_source(settings, coco_root).downloaded == 5
+def test_a_random_draw_from_a_copy_takes_what_is_there(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    """Its annotations may list many more."""
+    content = json.loads((coco_root / "annotations/instances_val2017.json").read_text())
+    more = [entry | {"id": entry["id"] + 1, "file_name": f"more {entry['id']}.jpg"} for entry in content["images"]]
+    content["images"] += more
+    (coco_root / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    assert build_from_source(wanted(server, tmp_path, calib_list="random", calib_images=3), coco_root).downloaded == 5
     assert len(list((tmp_path / "data/train2017").iterdir())) == 3
+    with pytest.raises(UsageError, match="calib_images=5: only 4 train pictures to draw from"):
+        build_from_source(wanted(server, tmp_path, calib_list="random", calib_images=5), coco_root)
+
+
+def test_a_random_draw_has_a_size(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"calib_images=0: .* say how many to draw"):
+        wanted(server, tmp_path, calib_list="random", calib_images=0)
 
 
 def test_a_picture_listed_twice_is_fetched_once(coco_server: Server, tmp_path: Path) -> None:

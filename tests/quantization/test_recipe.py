@@ -98,6 +98,14 @@ def test_a_broken_recipe_is_refused_in_one_line(text: str, said: str, tmp_path: 
     assert "gptq: gptq" not in str(refusal.value)
 
 
+def test_merged_settings_are_no_settings_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "steps: [insert_quantizers, {gptq: &one {damping: 0.1, centred: false}}, {gptq: {<<: *one, damping: 0.2}}]"
+    )
+    assert [step.damping for step in parse_recipe(str(path)).steps if isinstance(step, Gptq)] == [0.1, 0.2]
+
+
 @pytest.mark.parametrize("after", ["bias_correction", "distillation", "block_reconstruction"])
 def test_what_makes_up_for_centred_gptq(after: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"

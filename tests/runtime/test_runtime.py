@@ -12,7 +12,7 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.export import export_float
 from quantrack.onnx.inspect import sums_can_saturate
 from quantrack.runtime.exact_sums import sums_are_exact
-from quantrack.runtime.latency import measure_in_turns, measure_latency
+from quantrack.runtime.latency import _bind, measure_in_turns, measure_latency
 from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
 from quantrack.runtime.parity import match_rows, measure_parity, torch_network
 from quantrack.runtime.placement import measure_placement
@@ -21,13 +21,9 @@ from quantrack.runtime.session import (
     Session,
     SessionSettings,
     _say_once,
-    _tensorrt_loads,
-    cuda_problem,
     open_given,
     open_session,
-    provider_for,
     settings_for,
-    tensorrt_problem,
 )
 from quantrack.runtime.tune import candidates, tune
 
@@ -200,12 +196,16 @@ def test_a_file_for_tensorrt_is_opened_as_it_is(monkeypatch: pytest.MonkeyPatch,
     asked: list[object] = []
     monkeypatch.setattr("quantrack.runtime.session.resolve_provider", lambda _: "tensorrt")
     monkeypatch.setattr(
-        "quantrack.runtime.session.ort.InferenceSession", lambda *_, providers: asked.append(providers) or _Loaded()
+        "quantrack.runtime.session.ort.InferenceSession", lambda *_, providers: asked.append(providers[0]) or _Loaded()
     )
-    opened = open_session(integer_convolution, "tensorrt", SessionSettings(fp16=True))
-    assert opened.provider == "tensorrt"
-    cuda = ("CUDAExecutionProvider", {"use_tf32": "1", "enable_cuda_graph": "0"})
-    assert asked == [[("TensorrtExecutionProvider", {"trt_fp16_enable": "1"}), cuda, "CPUExecutionProvider"]]
+    opened = open_session(integer_convolution, "tensorrt")
+    assert (opened.provider, opened.settings) == ("tensorrt", SessionSettings())
+    open_session(integer_convolution, "tensorrt", SessionSettings(fp16=True))
+    provider = "TensorrtExecutionProvider"
+    integers = {"trt_int8_enable": "1"}  # without it TensorRT refuses Q/DQ
+    assert asked == [
+        (provider, {"trt_fp16_enable": "0", **integers}), (provider, {"trt_fp16_enable": "1", **integers})
+    ]  # fmt: skip
 
 
 class _Loaded:
@@ -213,27 +213,20 @@ class _Loaded:
         return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def test_a_file_for_tensorrt_runs_there_where_it_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantrack.runtime.session.tensorrt_problem", lambda: None)
-    assert provider_for("tensorrt", "auto") == "tensorrt"
-    assert provider_for("tensorrt", "cuda") == "cuda"
-    assert provider_for("onnxruntime", "auto") == "auto"
-    monkeypatch.setattr("quantrack.runtime.session.tensorrt_problem", lambda: "no CUDA device")
-    assert provider_for("tensorrt", "auto") == "auto"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here, and TensorRT maybe")
-def test_tensorrt_is_absent_for_a_reason() -> None:
-    assert tensorrt_problem() == cuda_problem() or "no TensorRT provider" in str(tensorrt_problem())
-    assert not _tensorrt_loads()
-
-
-def test_a_run_that_copies_gives_the_same_and_is_timed_too(session: Session) -> None:
+def test_a_run_that_copies_binds_nothing_and_is_never_the_best(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copying = open_session(session.path, "cpu", SessionSettings(io_binding=False))
     assert copying.settings.text == "io_binding=false"
+    bound: list[Session] = []
+    monkeypatch.setattr("quantrack.runtime.latency._bind", lambda one, images: bound.append(one) or _bind(one, images))
     latencies, ratios = measure_in_turns([session, copying], 20)
+    assert bound == [session]
     assert [latency.runs for latency in latencies] == [20, 20]
     assert ratios[1].median > 0
+    settings = (SessionSettings(io_binding=False), SessionSettings(), SessionSettings(threads=1))
+    monkeypatch.setattr("quantrack.runtime.tune.candidates", lambda *_: settings)
+    assert not tune(session.path, "cpu", 10, None)[-1].settings.io_binding
 
 
 def test_session_settings_say_what_differs() -> None:

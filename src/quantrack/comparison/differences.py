@@ -33,12 +33,12 @@ class Difference:
 
     @property
     def sure(self) -> bool:
-        """Whether the whole interval has the same sign."""
+        """Whether the whole interval is above zero."""
         return self.low > 0
 
     @property
     def text(self) -> str:
-        return f"{self.points:.2f} ({self.low:.1f} to {self.high:.1f})"
+        return f"{self.points:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def differences(group: Group) -> tuple[Difference, ...]:

@@ -7,7 +7,7 @@ import random
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from quantrack.progress import console
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
+RANDOM = "random"
 PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG")  # by its bytes: a .jpg may hold a PNG
 
 
@@ -48,6 +49,8 @@ class DownloadSettings:
         for name in ("calib_images", "eval_images"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative; 0 = all")
+        if self.calib_list == RANDOM and self.images == "listed" and not self.calib_images:
+            raise UsageError("calib_images=0: means all of a list; with calib_list=random say how many to draw")
         if not self.base_url.startswith(("http://", "https://")):
             raise UsageError(f"base_url={self.base_url}: must start with http:// or https://")
 
@@ -71,7 +74,11 @@ def download_coco(settings: DownloadSettings) -> PreparedData:
     received = _fetch_annotations(settings)
     if settings.images == "all":
         return _fetch_archives(settings, received)
-    wanted = list(dict.fromkeys(wanted_pictures(settings, settings.data_root)))
+    wanted = list(
+        dict.fromkeys(
+            wanted_pictures(settings, settings.data_root, partial(_listed_train_pictures, settings.data_root))
+        )
+    )
     missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     received += _fetch_pictures(settings, missing)
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), received)
@@ -95,7 +102,7 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
         wanted = [str(path.relative_to(source)) for folder in ("val2017", "train2017")
                   for path in sorted((source / folder).glob("*.jpg"))]  # fmt: skip
     else:
-        wanted = list(dict.fromkeys(wanted_pictures(settings, source)))
+        wanted = list(dict.fromkeys(wanted_pictures(settings, source, partial(_present_train_pictures, source))))
     missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     for name in missing:
         problem = _problem(source / name)
@@ -105,27 +112,43 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), 0)
 
 
-def wanted_pictures(settings: DownloadSettings, root: Path) -> Iterator[str]:
-    """Paths under the data root: evaluation pictures by annotation, then the calibration list's, or some drawn."""
+def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[], list[str]]) -> Iterator[str]:
+    """Paths under the data root: evaluation pictures by annotation, then the calibration list's.
+
+    `drawable` names the train pictures that `calib_list=random` draws from.
+    """
     annotation_file = root / VAL_ANNOTATIONS
     images = sorted(read_annotations(root, annotation_file)["images"], key=lambda entry: int(entry["id"]))
     if settings.eval_images > len(images):
         raise UsageError(f"eval_images={settings.eval_images}: {annotation_file} lists only {len(images)} pictures")
     for entry in images[: settings.eval_images or len(images)]:
         yield f"val2017/{_file_name(entry, annotation_file)}"
-    lines = _drawn(settings, root) if settings.calib_list == "random" else read_list(Path(settings.calib_list))
+    if settings.calib_list == RANDOM:
+        yield from (f"train2017/{name}" for name in _drawn(settings, drawable()))
+        return
+    lines = read_list(Path(settings.calib_list))
     for line in lines[: settings.calib_images or len(lines)]:
         yield f"train2017/{Path(line).name}"
 
 
-def _drawn(settings: DownloadSettings, root: Path) -> list[str]:
-    """The train pictures in a random order that is the same each time; without annotations those of the folder."""
-    if (root / TRAIN_ANNOTATIONS).is_file():
-        entries = read_annotations(root, root / TRAIN_ANNOTATIONS)["images"]
-        names = sorted(_file_name(entry, root / TRAIN_ANNOTATIONS) for entry in entries)
-    else:
-        names = sorted(path.name for path in (root / "train2017").glob("*.jpg"))
-    return random.Random(0).sample(names, len(names))
+def _drawn(settings: DownloadSettings, names: Sequence[str]) -> list[str]:
+    """As many train pictures as there are to be, the same ones each time.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if settings.calib_images > len(names):
+        raise UsageError(f"calib_images={settings.calib_images}: only {len(names)} train pictures to draw from")
+    return random.Random(0).sample(sorted(names), settings.calib_images)
+
+
+def _listed_train_pictures(root: Path) -> list[str]:
+    entries = read_annotations(root, root / TRAIN_ANNOTATIONS)["images"]
+    return [_file_name(entry, root / TRAIN_ANNOTATIONS) for entry in entries]
+
+
+def _present_train_pictures(source: Path) -> list[str]:
+    return [path.name for path in (source / "train2017").glob("*.jpg")]
 
 
 def _file_name(entry: dict[str, object], annotation_file: Path) -> str:

@@ -11,8 +11,6 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto
-from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.inspect import has_integer_convolutions, has_quantizers, sums_can_saturate
@@ -89,7 +87,7 @@ def settings_for(path: Path, provider: str) -> SessionSettings:
 
 @dataclass(frozen=True)
 class Session:
-    """An open ONNX Runtime session, the provider that it really runs on, `cuda` or `cpu`, and its settings."""
+    """An open ONNX Runtime session, the provider that it really runs on, and its settings."""
 
     path: Path
     inference: ort.InferenceSession
@@ -140,11 +138,6 @@ def resolve_provider(provider: str) -> str:
     return CPU
 
 
-def provider_for(target: str, provider: str) -> str:
-    """The provider setting for a file of this target: for TensorRT's, `auto` takes TensorRT where it is there."""
-    return TENSORRT if target == TENSORRT and provider == "auto" and tensorrt_problem() is None else provider
-
-
 @cache
 def _say_once(line: str) -> None:
     """A run opens several sessions; one line says it for all."""
@@ -170,29 +163,6 @@ def cuda_problem() -> str | None:
         return "no CUDA device"
     ort.preload_dlls(cuda=True, cudnn=True)  # torch's wheel carries the libraries that the provider needs
     return None
-
-
-def tensorrt_problem() -> str | None:
-    """Why ONNX Runtime cannot use TensorRT here, in one phrase; None if it can."""
-    if FULL_NAMES[TENSORRT] not in ort.get_available_providers():
-        return "this ONNX Runtime has no TensorRT provider; install onnxruntime-gpu"
-    why_not = cuda_problem()
-    if why_not is not None:
-        return why_not
-    return None if _tensorrt_loads() else "TensorRT's libraries do not load; install tensorrt"
-
-
-@cache
-def _tensorrt_loads() -> bool:
-    """ONNX Runtime lists the provider whether or not its libraries are there; only a session tells."""
-    value = make_tensor_value_info("value", TensorProto.FLOAT, [1])
-    same = make_tensor_value_info("same", TensorProto.FLOAT, [1])
-    graph = make_graph([make_node("Identity", ["value"], ["same"])], "identity", [value], [same])
-    tiny = make_model(graph, opset_imports=[make_opsetid("", 13)], ir_version=8)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(tiny.SerializeToString(), options, providers=[FULL_NAMES[TENSORRT]])
-    return FULL_NAMES[TENSORRT] in session.get_providers()
 
 
 def open_session(path: Path, provider: str, settings: SessionSettings | None = None) -> Session:
@@ -259,15 +229,19 @@ def _session(path: Path, provider: str, settings: SessionSettings, profile: Path
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        return ort.InferenceSession(str(path), options, providers=_providers(provider, settings))
+        return ort.InferenceSession(str(path), options, providers=_providers(path, provider, settings))
     except Exception as error:  # ONNX Runtime's exception classes share no public base
         reason = " ".join(str(error).split())[:200]
         raise QuantrackError(f"onnx={path}: ONNX Runtime cannot open it ({reason})") from error
 
 
-def _providers(provider: str, settings: SessionSettings) -> list[str | tuple[str, dict[str, str]]]:
+def _providers(path: Path, provider: str, settings: SessionSettings) -> list[str | tuple[str, dict[str, str]]]:
     if provider == CPU:
         return [FULL_NAMES[CPU]]
     cuda = (FULL_NAMES[CUDA], {"use_tf32": str(int(settings.tf32)), "enable_cuda_graph": str(int(settings.cuda_graph))})
-    tensorrt = (FULL_NAMES[TENSORRT], {"trt_fp16_enable": str(int(settings.fp16))})
-    return [*([tensorrt] if provider == TENSORRT else []), cuda, FULL_NAMES[CPU]]
+    if provider == CUDA:
+        return [cuda, FULL_NAMES[CPU]]
+    # TensorRT refuses Q/DQ where its builder may not compute on integers
+    integers = str(int(has_quantizers(path)))
+    tensorrt = (FULL_NAMES[TENSORRT], {"trt_fp16_enable": str(int(settings.fp16)), "trt_int8_enable": integers})
+    return [tensorrt, cuda, FULL_NAMES[CPU]]

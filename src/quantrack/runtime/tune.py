@@ -36,34 +36,30 @@ def candidates(path: Path, provider: str) -> tuple[SessionSettings, ...]:
     A captured CUDA graph needs every node on the GPU; where that fails, the combination is left out.
     """
     resolved = resolve_provider(provider)
+    usual = settings_for(path, resolved)
+    copying = replace(usual, io_binding=False)  # what copying to the GPU and back costs; no setting to choose
     if resolved == TENSORRT:
-        return _for_gpu((SessionSettings(), SessionSettings(fp16=True)))
-    # what is right comes before what is fast
-    plain = SessionSettings(exact_sums=settings_for(path, resolved).exact_sums)
+        return (usual, replace(usual, fp16=True), copying)
+    plain = SessionSettings(exact_sums=usual.exact_sums)  # what is right comes before what is fast
     found: tuple[SessionSettings, ...] = (plain,)
     if has_quantizers(path):
         found += (SessionSettings(fold_weights=True),)
     if resolved == CUDA:
         without = tuple(replace(one, tf32=False) for one in found)
-        return _for_gpu((*found, *without, *(replace(one, cuda_graph=True) for one in found)))
+        return (*found, *without, *(replace(one, cuda_graph=True) for one in found), copying)
     found += tuple(replace(one, optimization="extended") for one in found)
     if usable_cores() > 1:
         found += tuple(replace(one, threads=1) for one in found if one.optimization == "all")
     return found
 
 
-def _for_gpu(found: tuple[SessionSettings, ...]) -> tuple[SessionSettings, ...]:
-    """With what copying the picture to the GPU and the result back costs, once."""
-    return (*found, replace(found[0], io_binding=False))
-
-
 def tune(path: Path, provider: str, runs: int, beside: Session | None) -> tuple[Trial, ...]:
-    """All combinations, the fastest first; `beside` is timed in turns with them where it is given."""
+    """All combinations, the fastest first, and last the one that copies; `beside` is timed in turns with them."""
     sessions = [session for settings in candidates(path, provider) if (session := _open(path, provider, settings))]
     latencies, ratios = measure_in_turns([beside, *sessions] if beside else sessions, runs)
     own = slice(1 if beside else 0, None)
     trials = _trials(sessions, latencies[own], ratios[own] if beside else [None] * len(sessions))
-    return tuple(sorted(trials, key=lambda trial: trial.latency.p50))
+    return tuple(sorted(trials, key=lambda trial: (not trial.settings.io_binding, trial.latency.p50)))
 
 
 def _trials(

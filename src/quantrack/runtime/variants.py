@@ -13,7 +13,7 @@ from quantrack.onnx.inspect import ModelFacts
 from quantrack.progress import say
 from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import Network, require_same_outputs, torch_network
-from quantrack.runtime.session import CPU, REFERENCE, open_session, resolve_provider
+from quantrack.runtime.session import CPU, REFERENCE, TENSORRT, open_session, resolve_provider
 
 FULL, INT4, FLOAT16, TENSORRT_READY = "full", "int4", "fp16", "tensorrt"
 COMPARED_PICTURES = 2
@@ -34,6 +34,9 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
         tell_of_float16(provider)
     if facts.target == TENSORRT_READY:
         files = for_tensorrt(files, facts)
+        ran = resolve_provider(provider)
+        if ran != TENSORRT:
+            say(f"target=tensorrt: measured on {ran}; where TensorRT is installed, give provider=tensorrt")
     if facts.weight_storage == INT4:
         unpacked, files = files, pack_weights(files, facts)
         # on the CPU, which gives the same bits each time; CUDA's choice of convolution algorithms differs by session

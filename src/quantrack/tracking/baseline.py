@@ -113,7 +113,7 @@ def find_or_measure_baseline(
     if baseline is not None:
         say(f"float32 baseline: reusing run {baseline.run_id}")
     else:
-        say("float32 baseline: not in this experiment yet; measuring it in a nested run")
+        say("float32 baseline: not in this experiment by this code yet; measuring it in a nested run")
         texts = {**parameters, "precision": "fp32"}
         with tracked_run("baseline", texts, nested=True):
             name_run(f"baseline-fp32-{facts.model}")

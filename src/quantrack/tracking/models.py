@@ -50,12 +50,13 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
 
 
 @contextmanager
-def told_as(reference: str, path: Path) -> Iterator[None]:
-    """What is wrong with a fetched file is said of what the user named, not of the copy."""
+def told_as(setting: str, reference: str, path: Path) -> Iterator[None]:
+    """What is wrong with a file is said of the setting and of what the user gave, not of the copy that was fetched."""
     try:
         yield
     except QuantrackError as error:
-        raise type(error)(str(error).replace(str(path), reference)) from error
+        message = str(error).replace(f"onnx={path}", f"{setting}={reference}").replace(str(path), reference)
+        raise type(error)(message) from error
 
 
 def float_file_of(reference: str) -> str:

@@ -13,9 +13,10 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.measure import Proof, prove
 from quantrack.onnx.files import export_quantized_files
+from quantrack.onnx.inspect import ModelFacts
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.state import save_quantized
-from quantrack.runtime.session import open_session, provider_for
+from quantrack.runtime.session import open_session
 from quantrack.runtime.variants import make_variant, reference_for
 from quantrack.settings import PtqSettings, shared_texts
 from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
@@ -40,34 +41,36 @@ def prove_and_log(
         QuantrackError: the export fails, or `require_gpu` was asked for and a node ran elsewhere.
     """
     quantized = log_quantization(job, reports)
-    facts = replace(
-        detector_facts(detector, evaluation_set, settings.imgsz, job.scheme.name, recipe),
-        weight_bits_avg=quantized["weight_bits_avg"],
-        placement=settings.placement,
-        weight_storage=settings.weight_storage,
-        precision=settings.precision,
-        target=settings.target,
-        method=method,
-    )
-    provider = provider_for(settings.target, settings.provider)
+    plain = detector_facts(detector, evaluation_set, settings.imgsz, job.scheme.name, recipe)
+    facts = replace(_of_variant(plain, settings), weight_bits_avg=quantized["weight_bits_avg"], method=method)
     with tempfile.TemporaryDirectory() as folder:
         _log_state(job, Path(folder))
         exported = export_quantized_files(job.model, facts, Path(folder))
-        files = make_variant(exported, facts, job.calibration, provider)
-        session = open_session(files.optimized, provider)
+        files = make_variant(exported, facts, job.calibration, settings.provider)
+        session = open_session(files.optimized, settings.provider)
         key = comparison_key(facts, evaluation_set, session.provider)
         float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
         baseline = find_or_measure_baseline(
             detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
         )
-        reference = reference_for(files, facts, job.model, provider)
-        beside = baseline.open(provider, Path(folder) / "float32")
+        reference = reference_for(files, facts, job.model, settings.provider)
+        beside = baseline.open(settings.provider, Path(folder) / "float32")
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
         log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
     if settings.require_gpu:
         proof.speed.placement.require_gpu()
     return proof
+
+
+def _of_variant(facts: ModelFacts, settings: PtqSettings) -> ModelFacts:
+    return replace(
+        facts,
+        placement=settings.placement,
+        weight_storage=settings.weight_storage,
+        precision=settings.precision,
+        target=settings.target,
+    )
 
 
 def _log_state(job: QuantizationJob, folder: Path) -> None:

@@ -12,7 +12,7 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
 from quantrack.files import combined_digest, file_digest
-from quantrack.runtime.session import provider_for, resolve_provider
+from quantrack.runtime.session import resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
 from quantrack.tracking.environment import device_name, installed_versions
@@ -37,8 +37,7 @@ def run_digest(
     """
     no_use = () if calibration else ("calib_images",)  # a float detector is calibrated on nothing
     texts = {name: text for name, text in setting_texts(settings).items() if name not in (*BY_CONTENT, *no_use)}
-    target = settings.target if isinstance(settings, PtqSettings) else ""
-    provider = resolve_provider(provider_for(target, settings.provider))
+    provider = resolve_provider(settings.provider)
     parts = [type(settings).__name__, repr(sorted(texts.items())), detector.digest, evaluation_set.digest]
     parts += [calibration.digest if calibration else "", provider, device_name(provider)]
     parts += [str(resolve_device(settings.device))]

@@ -21,21 +21,15 @@ DETECTIONS = "detections.json"
 def resampled_runs(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
     """The runs, those measured alike with their mAP on resampled pictures.
 
-    The pictures are read where the first run on them read them; where they are no longer there as they were, that
+    The pictures are read where one of the runs on them read them; where they are no longer there as they were, that
     is said, and the runs stay as they are.
     """
     alike = Counter(run.circumstances for run in runs)
-    sets: dict[str, EvaluationSet | None] = {}
-    found = []
-    for run in runs:
-        if alike[run.circumstances] < 2 or not has_artifact(run.run_id, DETECTIONS):
-            found.append(run)
-            continue
-        digest = run.circumstances.evaluation_digest
-        if digest not in sets:
-            sets[digest] = _evaluation_set(run)
-        found.append(_resampled(run, sets[digest]))
-    return tuple(found)
+    known = [run for run in runs if alike[run.circumstances] > 1 and has_artifact(run.run_id, DETECTIONS)]
+    sets, ids = _evaluation_sets(known), {run.run_id for run in known}
+    return tuple(
+        _resampled(run, sets[run.circumstances.evaluation_digest]) if run.run_id in ids else run for run in runs
+    )
 
 
 def _resampled(run: ComparedRun, evaluation_set: EvaluationSet | None) -> ComparedRun:
@@ -45,20 +39,31 @@ def _resampled(run: ComparedRun, evaluation_set: EvaluationSet | None) -> Compar
     return replace(run, resampled=resampled_map(evaluation_set, detections, BootstrapSettings()))
 
 
-def _evaluation_set(run: ComparedRun) -> EvaluationSet | None:
-    """The pictures that a run was measured on, if they are still there."""
+def _evaluation_sets(runs: Sequence[ComparedRun]) -> dict[str, EvaluationSet | None]:
+    """By digest, the pictures that runs were measured on; None where they are nowhere as they were, which is said."""
+    sets: dict[str, EvaluationSet | None] = {}
+    for digest in {run.circumstances.evaluation_digest for run in runs}:
+        measured = [run for run in runs if run.circumstances.evaluation_digest == digest]
+        places = dict.fromkeys(_place(run) for run in measured)
+        tried = [_read(data_root, eval_images, digest) for data_root, eval_images in places]
+        found = [one for one in tried if isinstance(one, EvaluationSet)]
+        sets[digest] = found[0] if found else None
+        if not found:
+            say(f"no intervals between runs on {measured[0].circumstances.pictures}: {tried[0]}")
+    return sets
+
+
+def _place(run: ComparedRun) -> tuple[str, str]:
+    """A run's `data_root` and `eval_images`."""
     parameters = require_run(run.run_id, "runs").data.params
-    where: dict[str, str] = {name: parameters[name] for name in ("data_root", "eval_images") if name in parameters}
+    return parameters.get("data_root", ""), parameters.get("eval_images", "")
+
+
+def _read(data_root: str, eval_images: str, digest: str) -> EvaluationSet | str:
+    """The pictures of this digest, or why they are not there."""
     try:
-        settings = parse_settings(BaselineSettings, where)
+        settings = parse_settings(BaselineSettings, {"data_root": data_root, "eval_images": eval_images})
         found = load_evaluation_set(settings.data_folder, settings.eval_images)
-    except QuantrackError as error:
-        say(f"no intervals between runs on {run.circumstances.pictures}: {error}")
-        return None
-    if found.digest != run.circumstances.evaluation_digest:
-        say(
-            f"no intervals between runs on {run.circumstances.pictures}: data_root={settings.data_root} "
-            "has other pictures or boxes now"
-        )
-        return None
-    return found
+    except (QuantrackError, OSError) as error:
+        return str(error)
+    return found if found.digest == digest else f"data_root={data_root} has other pictures or boxes now"

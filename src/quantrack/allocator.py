@@ -12,11 +12,11 @@ import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # `M_...` of glibc's malloc.h
 LARGEST_KEPT = 32 << 20  # bytes of one block; glibc takes no more
-MOST_KEPT = 1 << 30  # bytes of free memory at the heap's end
+MOST_KEPT = 512 << 20  # bytes of free memory at the heap's end
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep up to 1 GiB that it has freed; False where the C library is another one (mallopt(3))."""
+    """Have this process keep up to 512 MiB that it has freed; False where the C library is another one (mallopt(3))."""
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)

@@ -53,6 +53,11 @@ def test_a_run_alone_or_without_detections_is_left_as_it_is(resample_store: str,
     assert second.resampled is None
 
 
+def test_the_pictures_are_where_one_of_the_runs_found_them(resample_store: str, digest: str) -> None:
+    runs = [recorded(resample_store, digest, mode, root) for mode, root in (("fp32", "nowhere"), ("w4a8", "demo"))]
+    assert all(run.resampled is not None for run in resampled_runs(runs))
+
+
 @pytest.mark.parametrize(
     ("data_root", "told"),
     [("nowhere", "data_root=nowhere: "), ("demo", "data_root=demo has other pictures or boxes now")],

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from quantrack.comparison.runs import ACCURACY, ComparedRun, Group
-from quantrack.evaluation.bootstrap import drop_bounds
+from quantrack.evaluation.bootstrap import BootstrapSettings, drop_bounds
 from quantrack.evaluation.coco_metrics import drop_points
 
-CONFIDENCE = 0.95
 MATRIX_CAPTION = (
     "How many points of mAP50-95 the run of a row is above that of a column, and in brackets the 95 % interval "
     "(paired bootstrap over the same pictures); bold where all of it is above zero."
@@ -48,7 +47,7 @@ def differences(group: Group) -> tuple[Difference, ...]:
         Difference(
             better, other,
             drop_points(better.metrics[ACCURACY], other.metrics[ACCURACY]),
-            *drop_bounds(above, below, CONFIDENCE),
+            *drop_bounds(above, below, BootstrapSettings().confidence),
         )
         for (better, above), (other, below) in combinations(known, 2)
     )  # fmt: skip

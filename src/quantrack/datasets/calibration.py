@@ -14,6 +14,8 @@ from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
+RANDOM = "random"  # in the place of a list: a seeded draw
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -50,7 +52,7 @@ def load_calibration_set(calib_list: str, calib_images: int, data_root: Path, se
         QuantrackError: the list or one of its pictures is missing, or the list is empty.
         UsageError: more pictures were asked for than there are.
     """
-    if calib_list == "random":
+    if calib_list == RANDOM:
         available = sorted((data_root / "train2017").glob("*.jpg"))
         _check_count(calib_images, len(available), str(data_root / "train2017"))
         drawn = random.Random(seed).sample(available, calib_images or len(available))

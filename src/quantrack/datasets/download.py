@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 
-from quantrack.datasets.calibration import read_list
+from quantrack.datasets.calibration import RANDOM, read_list
 from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
 from quantrack.datasets.pictures import picture_problem
@@ -26,7 +26,6 @@ from quantrack.progress import console
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
-RANDOM = "random"
 PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG")  # by its bytes: a .jpg may hold a PNG
 
 

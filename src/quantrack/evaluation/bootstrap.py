@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import UsageError
-from quantrack.evaluation.coco_metrics import coco_evaluation
+from quantrack.evaluation.coco_metrics import coco_evaluation, drop_points
 from quantrack.evaluation.types import Detection
 from quantrack.progress import track
 
@@ -101,7 +101,7 @@ def resampled_map(
 def drop_bounds(baseline: Floats, candidate: Floats, confidence: float) -> tuple[float, float]:
     """The middle `confidence` of the drops between two detectors on the same resamples, in points."""
     outside = (1 - confidence) / 2
-    low, high = np.quantile(100 * (baseline - candidate), [outside, 1 - outside])
+    low, high = np.quantile(drop_points(baseline, candidate), [outside, 1 - outside])
     return float(low), float(high)
 
 

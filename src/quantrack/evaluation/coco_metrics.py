@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from quantrack.datasets.coco import Category, EvaluationSet
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.types import ClassResult, CocoResult, Detection
 
+Score = TypeVar("Score", float, NDArray[np.float64])
 # Where COCOeval.stats keeps each metric.
 STATS = {
     "mAP50-95": 0,
@@ -90,7 +91,7 @@ def coco_evaluation(
     return evaluation
 
 
-def drop_points(baseline: float, value: float) -> float:
+def drop_points(baseline: Score, value: Score) -> Score:
     """How many points (hundredths) of a 0..1 metric were lost; negative where it rose.
 
     >>> drop_points(0.75, 0.5)

@@ -119,8 +119,8 @@ def log_tuning(trials: Sequence[Trial]) -> None:
 def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> None:
     """Tags to filter by, and those that say which runs may be compared."""
     key = comparison_key(facts, evaluation_set, provider)
-    mlflow.set_tags(key.tags() | {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model})
-    mlflow.set_tag(SOFTWARE, software_digest())
+    own = {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model, SOFTWARE: software_digest()}
+    mlflow.set_tags(key.tags() | own)
     if facts.mode in SCHEMES:
         mlflow.set_tags(facts.variant_values())
 

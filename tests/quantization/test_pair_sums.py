@@ -183,7 +183,7 @@ def test_what_training_has_let_outgrow_it_fits_again(make_job: MakeJob) -> None:
     with torch.no_grad():
         for learning in learned.values():
             learning.log_change -= 0.2  # smaller scales, so larger integers where they are not cut
-            learning.units *= 1.2
+            learning.common_steps *= 1.2
     take_over(job.model, learned)
     wide = [layer for layer in quantized_layers(job.model).values() if not is_depthwise(layer)]
     assert max(largest_pair(integers(layer)).max() for layer in wide) > LARGEST_PAIR

@@ -1,8 +1,8 @@
 """Plain PyTorch twins of the quantized convolutions, made for training.
 
 They compute what Brevitas' layers compute, with fewer passes over memory, and their parameters are
-scaled so that one learning rate suits all layers: weights in units of their own scale, scales as
-logarithms of their change. Gradients pass rounding straight through (Bengio et al.,
+scaled so that one learning rate suits all channels: weights in steps of a 4-bit grid over their channel's
+range, scales as logarithms of their change. Gradients pass rounding straight through (Bengio et al.,
 arXiv:1308.3432) and stop at clipped values.
 """
 
@@ -32,6 +32,7 @@ from quantrack.quantization.layers import (
 )
 
 EDGE = 0.45  # of a rounding interval, half of which is 0.5
+COMMON_BITS = 4  # the grid in whose steps all weights are learned
 
 
 class _Round(torch.autograd.Function):
@@ -75,9 +76,10 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class TrainableConvolution(nn.Module):
-    """A convolution with `units` (weights over their scale), `log_change` of the scales, and a bias.
+    """A convolution with `common_steps`, `log_change` of the scales, and a bias.
 
-    `input_log_change` is that of its input's scale; where activations stay float it has no effect.
+    `common_steps` are the weights in steps of a 4-bit grid over the range of their channel, whatever bits the channel
+    has; `units`, the weights over their scale, follow from them. `input_log_change` is that of its input's scale; where activations stay float it has no effect.
 
     `set_rounding` replaces the way in which units become integers, which is straight through at first.
     """
@@ -93,7 +95,8 @@ class TrainableConvolution(nn.Module):
         self.input_scale: Tensor | None
         self.register_buffer("input_scale", None if layer.input_scale is None else layer.input_scale.clone())
         wanted = equalized_weight(float_weight.detach(), layer)
-        self.units = nn.Parameter(latent_units(layer.weight.detach(), wanted, scale, self.bits_of_weights))
+        units = latent_units(layer.weight.detach(), wanted, scale, self.bits_of_weights)
+        self.common_steps = nn.Parameter(units / self.units_in_common_step)
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias)
@@ -115,6 +118,16 @@ class TrainableConvolution(nn.Module):
     def weight(self) -> Tensor:
         """The weights on their grid, shape [O, I/g, kh, kw]."""
         return self.rounding[0](self.units) * self.current_scale()[:, None, None, None]
+
+    @property
+    def units(self) -> Tensor:
+        """The weights over their scale, not rounded, shape [O, I/g, kh, kw]."""
+        return self.common_steps * self.units_in_common_step
+
+    @property
+    def units_in_common_step(self) -> float | Tensor:
+        """Steps of the own grid in one of the 4-bit grid: 127 / 7 at 8 bits, 3 / 7 at 3; [O, 1, 1, 1] by channel."""
+        return weight_limit(self.bits_of_weights) / weight_limit(COMMON_BITS)
 
     @property
     def bits_of_weights(self) -> Bits:
@@ -163,23 +176,22 @@ def trainable_layers(twin: nn.Module) -> dict[str, TrainableConvolution]:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: `units` in weight steps of a 4-bit grid, `scales` relative, `biases` absolute."""
+    """Learning rates: `weights` in steps of a 4-bit grid, `scales` relative, `biases` absolute."""
 
-    units: float
+    weights: float
     scales: float
     biases: float
 
 
 def parameter_groups(twin: nn.Module, rates: Rates) -> list[dict[str, object]]:
-    """What an optimizer takes; a layer has its own groups, as units of an 8-bit grid are finer than of a 4-bit one."""
-    groups: list[dict[str, object]] = []
-    for layer in trainable_layers(twin).values():
-        own = rates.units * weight_limit(layer.bits) / 7
-        groups.append({"params": [layer.units], "lr": own, "param_group": f"weights_{layer.bits}_bit"})
-        scales = [layer.log_change, layer.input_log_change]
-        groups.append({"params": scales, "lr": rates.scales, "param_group": "scales"})
-        groups.append({"params": [layer.bias], "lr": rates.biases, "param_group": "biases"})
-    return groups
+    """What an optimizer takes: weights, scales and biases of all layers, each with its rate and name."""
+    layers = trainable_layers(twin).values()
+    scales = [change for layer in layers for change in (layer.log_change, layer.input_log_change)]
+    return [
+        {"params": [layer.common_steps for layer in layers], "lr": rates.weights, "param_group": "weights"},
+        {"params": scales, "lr": rates.scales, "param_group": "scales"},
+        {"params": [layer.bias for layer in layers], "lr": rates.biases, "param_group": "biases"},
+    ]
 
 
 @torch.no_grad()

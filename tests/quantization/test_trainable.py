@@ -1,0 +1,54 @@
+"""Trainable twins: what one rate means for channels of different bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from quantrack.quantization.layers import LayerPlan, insert_quantizers, quantized_layers, set_weight_scale
+from quantrack.quantization.trainable import (
+    Rates,
+    TrainableConvolution,
+    parameter_groups,
+    trainable_layers,
+    trainable_twin,
+)
+
+CHANNEL_BITS = (3, 4, 7, 8)
+
+
+def mixed_layer() -> TrainableConvolution:
+    """A convolution whose four channels have the same float weights up to 1, and bits of their own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False)).eval().requires_grad_(False)
+    net[0].weight.copy_((2 * torch.rand(1, 2, 3, 3) - 1).expand(4, 2, 3, 3))
+    float_net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False)).eval()
+    float_net.load_state_dict(net.state_dict())
+    insert_quantizers(net, {"0": LayerPlan(8, None, CHANNEL_BITS)})
+    set_weight_scale(quantized_layers(net)["0"], torch.tensor([1 / (2 ** (bits - 1) - 1) for bits in CHANNEL_BITS]))
+    (layer,) = trainable_layers(trainable_twin(net, float_net)).values()
+    return layer
+
+
+def test_channels_of_any_bits_move_alike() -> None:
+    layer = mixed_layer()
+    scale = layer.current_scale().detach()[:, None, None, None]
+    before = (layer.units * scale).detach()
+    (weights, *_) = parameter_groups(nn.Sequential(layer), Rates(0.01, 0.001, 0.001))
+    optimizer = torch.optim.Adam(weights["params"], lr=weights["lr"])  # type: ignore[arg-type]
+    layer(torch.rand(2, 2, 8, 8)).sum().backward()
+    optimizer.step()
+    moved = (layer.units * scale).detach() - before
+    # a hundredth of a 4-bit step, 1 / 7 of the range, where no weight was cut
+    inside = layer.common_steps.grad.abs() > 0
+    assert inside.float().mean() > 0.8
+    torch.testing.assert_close(moved[inside].abs(), torch.full_like(moved[inside], 0.01 / 7), rtol=1e-3, atol=0)
+
+
+def test_what_is_computed_does_not_depend_on_the_steps_that_weights_are_learned_in() -> None:
+    layer = mixed_layer()
+    integers = layer.round_straight_through(layer.units).detach()
+    for channel, bits in zip(integers, CHANNEL_BITS, strict=True):
+        assert channel.abs().max() <= 2 ** (bits - 1) - 1
+        assert torch.equal(channel, channel.round())
+    torch.testing.assert_close(layer.weight(), integers * layer.current_scale()[:, None, None, None])

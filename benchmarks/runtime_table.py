@@ -130,7 +130,7 @@ def fastest(run: Run, float_session: Session | None) -> tuple[Session, dict[str,
     ratio = ratios[-1]
     metrics = {"tuned_ms_p50": latencies[-1].p50}
     if float_session:
-        metrics |= {"tuned_ratio": ratio.median, "tuned_ratio_ci_low": ratio.low, "tuned_ratio_ci_high": ratio.high}
+        metrics |= {name.replace("latency", "tuned"): value for name, value in ratio.metrics().items()}
     tried = {trial.settings.text: trial.latency.p50 for trial in trials}
     return session, {"tuned_session": session.settings.text, "tuned": metrics, "tried_ms_p50": tried}
 

@@ -23,7 +23,7 @@ def baseline(settings: BaselineSettings) -> None:
         require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
-    require_same_classes(len(detector.class_names), evaluation_set, settings.model)
+    require_same_classes(detector.class_names, evaluation_set, f"model={settings.model}")
     log_settings(settings, f"baseline-{settings.precision}-{detector.name}")
     log_run_digest(settings, detector, evaluation_set, None)
 

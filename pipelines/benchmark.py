@@ -8,6 +8,7 @@ from pathlib import Path
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import measure_speed
 from quantrack.onnx.inspect import file_facts
+from quantrack.progress import say
 from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
@@ -32,6 +33,8 @@ def benchmark(settings: BenchmarkSettings) -> None:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
             with told_as("baseline", float_file, float_path):
                 beside = open_given(float_path, settings.provider)
+        else:
+            say("no float32 file is known to time it in turns with; give one by baseline=, or take a run's file")
 
         if settings.tune:
             trials = tune(path, settings.provider, settings.latency_runs, beside)

@@ -13,7 +13,7 @@ from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.progress import say
-from quantrack.settings import BaselineSettings, CompareSettings
+from quantrack.settings import BaselineSettings, CompareSettings, PtqSettings
 from quantrack.tracking.children import Children
 from quantrack.tracking.compare import log_comparison, read_runs
 from quantrack.tracking.log import log_inputs
@@ -37,14 +37,16 @@ def compare(settings: CompareSettings) -> None:
 def measure_modes(settings: CompareSettings, children: Children) -> tuple[str, ...]:
     """The run of each mode: one that measured just this before, or a new nested one."""
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
-    calibration = load_calibration_set(
-        settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
-    )
+    by_mode = {mode: settings.child(mode) for mode in settings.mode_names}
+    calibration = None
+    if any(isinstance(child, PtqSettings) for child in by_mode.values()):
+        calibration = load_calibration_set(
+            settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
+        )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     name_run(f"compare-{len(settings.mode_names)}-{detector.name}")
     log_inputs(evaluation_set, calibration)
-    for mode in settings.mode_names:
-        child = settings.child(mode)
+    for mode, child in by_mode.items():
         if isinstance(child, BaselineSettings):
             digest = run_digest(child, detector, evaluation_set, None)
             children.find_or_run(mode, "baseline", child, digest, partial(baseline, child))

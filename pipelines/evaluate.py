@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.entry import run_entry_point
-from quantrack.evaluation.measure import prove, require_output
+from quantrack.evaluation.measure import prove, require_output, require_same_classes
 from quantrack.onnx.inspect import file_facts
 from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
@@ -28,6 +28,8 @@ def evaluate(settings: OnnxSettings) -> None:
             session = open_given(path, settings.provider)
             require_output(session, settings.head, evaluation_set)
             facts = file_facts(path, settings.head, session.imgsz)
+            if facts.class_names:
+                require_same_classes(facts.class_names, evaluation_set, f"onnx={path}")
         log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
         log_inputs(evaluation_set, None)
 

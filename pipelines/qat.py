@@ -69,7 +69,7 @@ def train_and_prove(settings: QatSettings) -> None:
         settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
     )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
-    require_same_classes(len(detector.class_names), evaluation_set, settings.model)
+    require_same_classes(detector.class_names, evaluation_set, f"model={settings.model}")
     pictures = load_training_pictures(
         settings.data_folder, settings.train_images, settings.seed, not_held_back=calibration.paths
     )
@@ -80,7 +80,7 @@ def train_and_prove(settings: QatSettings) -> None:
     with training_folder() as folder:
         start = starting_run(settings, detector, evaluation_set, calibration)
         job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
-        job.model = read_quantized(start_state(start, settings, detector, folder), job.float_model)
+        job.model = read_quantized(start_state(start, settings, detector, calibration, folder), job.float_model)
         if wanting := one_scale_for(settings.variant_values()):
             require_scales_of_tensors(job.model, wanting)
         require_activations_for(job.model, settings.variant_values())

@@ -33,7 +33,7 @@ def sensitivity(settings: SensitivitySettings) -> None:
         settings.calibration_list, settings.calib_images, settings.data_folder, settings.seed
     )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
-    require_same_classes(len(detector.class_names), evaluation_set, settings.model)
+    require_same_classes(detector.class_names, evaluation_set, f"model={settings.model}")
     log_settings(settings, f"sensitivity-{scheme.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
 

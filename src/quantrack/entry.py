@@ -21,6 +21,7 @@ from quantrack.tracking.run import tracked_run
 
 S = TypeVar("S")
 INTERRUPTED = 130
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], None]) -> None:
@@ -29,7 +30,8 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     Exits with 2 for a refused setting, 1 for a failure and 130 when interrupted; each time the user
     sees one line, and the run carries it as the tag `failure_reason`.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in INTERRUPTS:
+        signal.signal(number, _interrupt)
     keep_freed_memory()
 
     def command(**by_field: str) -> None:
@@ -106,4 +108,7 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """Interrupt once: a second signal, which `mlflow run` sends after Ctrl-C, would come amid the run's ending."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

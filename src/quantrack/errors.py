@@ -11,3 +11,15 @@ class UsageError(QuantrackError):
     """A setting that can be refused before any work starts; the program exits with 2."""
 
     exit_code = 2
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad allocation", "bad_alloc")
+
+
+def memory_problem(error: Exception) -> str | None:
+    """One line for an error of any library that says that memory ran out; None for other errors."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not any(words in text.lower() for words in OUT_OF_MEMORY):
+        return None
+    kind = type(error).__name__
+    return f"memory ran out ({kind}: {text[:160]}); give a smaller imgsz, another device, or free memory"

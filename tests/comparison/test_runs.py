@@ -49,7 +49,15 @@ RUNS = (
 def test_the_best_accuracy_comes_first_and_labels_tell_runs_apart() -> None:
     (group,) = comparable_groups(RUNS)
     assert [one.label for one in group.runs] == ["float32", "W8A8", "W4A8 default", "W4A8 naive"]
-    assert group.float_run("yolov10n") is group.runs[0]
+    assert all(group.float_run(one) is group.runs[0] for one in group.runs)
+
+
+def test_a_checkpoint_of_the_same_name_is_another() -> None:
+    other = replace(RUNS[0], model_digest="e" * 64, run_id="another")
+    (group,) = comparable_groups((*RUNS, other))
+    found = {one.run_id: group.float_run(one) for one in group.runs}
+    assert found["another"] is None
+    assert found[RUNS[0].run_id] is not None
 
 
 def test_equal_runs_are_told_apart_by_bits_and_at_last_by_id() -> None:

@@ -20,6 +20,12 @@ def test_lines_are_resolved_against_the_data_root(coco_root: Path, tmp_path: Pat
     assert [batch.shape for batch in batches] == [(2, 3, 32, 32)]
 
 
+def test_a_line_is_found_where_it_was_fetched_to(coco_root: Path, tmp_path: Path) -> None:
+    listed = write_list(tmp_path / "list.txt", "000000000010.jpg", "images/000000000030.jpg")
+    chosen = load_calibration_set(listed, 0, coco_root, seed=0)
+    assert [path.name for path in chosen.paths] == ["000000000010.jpg", "000000000030.jpg"]
+
+
 def test_random_draw_is_seeded(coco_root: Path) -> None:
     first = load_calibration_set("random", 2, coco_root, seed=1)
     assert first == load_calibration_set("random", 2, coco_root, seed=1)

@@ -426,6 +426,18 @@ def test_build_from_a_copy(server: Server, coco_root: Path, tmp_path: Path) -> N
     assert server.requests.total() == 0
 
 
+def test_annotations_that_are_there_are_not_replaced(coco_server: Server, coco_root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "data/annotations/instances_val2017.json"
+    own.parent.mkdir(parents=True)
+    content = json.loads((coco_root / "annotations/instances_val2017.json").read_text())
+    own.write_text(json.dumps(content | {"info": "mine"}))
+    download_coco(wanted(coco_server, tmp_path))
+    assert json.loads(own.read_text())["info"] == "mine"
+    with pytest.raises(QuantrackError, match=r"instances_val2017.json: is there already, and is not .*move it away"):
+        build_from_source(wanted(coco_server, tmp_path), coco_root)
+    assert json.loads(own.read_text())["info"] == "mine"
+
+
 def test_build_from_a_copy_all(server: Server, coco_root: Path, tmp_path: Path) -> None:
     assert build_from_source(wanted(server, tmp_path, images="all"), coco_root).downloaded == 8
 

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from quantrack.datasets.pictures import letterbox, read_picture
+from quantrack.datasets.pictures import letterbox, pictures_in, read_picture
 from quantrack.detector.environment import prepare
 from quantrack.errors import QuantrackError
 
@@ -36,6 +36,31 @@ def test_truncated_jpg(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(QuantrackError, match=r"cut.jpg: truncated"):
         read_picture(path)
+
+
+def test_a_video_may_follow_a_jpg(tmp_path: Path) -> None:
+    path = tmp_path / "motion.jpg"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = read_picture(path)
+    path.write_bytes(path.read_bytes() + bytes(20_000))
+    np.testing.assert_array_equal(read_picture(path), whole)
+
+
+def test_the_end_of_a_thumbnail_is_not_that_of_its_picture(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content, thumbnail = (cv2.imencode(".jpg", one)[1].tobytes() for one in (picture, picture[:16, :16]))
+    exif = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
+    path.write_bytes(content[:2] + exif + content[2:1500])
+    with pytest.raises(QuantrackError, match=r"cut.jpg: truncated"):
+        read_picture(path)
+
+
+def test_pictures_are_told_by_their_names(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "notes.txt", "c.jpeg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in pictures_in(tmp_path)] == ["a.png", "b.JPG", "c.jpeg"]
+    assert pictures_in(tmp_path / "nowhere") == []
 
 
 def test_missing_picture(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Quantization-aware training with a small detector and on real pictures, whole and killed in the middle."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -113,6 +114,31 @@ def test_a_start_that_integer_kernels_cannot_take_is_not_trained(store: Path, wh
     assert done.returncode == 1
     assert "has symmetric activations, not asymmetric; start from a run with the same placement=full" in done.stderr
     assert "epoch" not in done.stderr
+
+
+def test_a_start_is_taken_with_its_own_pictures_and_recipe(store: Path, whole: Run) -> None:
+    start = ("--from-run", whole.data.tags["ptq_run_id"])
+    others = [text if text != "4" or at != QUICK.index("--calib-images") + 1 else "3" for at, text in enumerate(QUICK)]
+    done = run_pipeline(store, "qat", *others, *start)
+    assert (done.returncode, "was calibrated on other pictures than these 3" in done.stderr) == (2, True), done.stderr
+    others = [text if text != "naive" else "fast" for text in QUICK]
+    done = run_pipeline(store, "qat", *others, *start)
+    assert (done.returncode, "was made by recipe naive, not fast" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_training_that_goes_on_elsewhere_is_left_alone(store: Path) -> None:
+    use_store(store)
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0", tags={"entry_point": "qat", "failure_reason": "an earlier one"}).info.run_id
+    folder = Path(os.environ["QUANTRACK_CACHE"]) / "training" / run_id
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_pipeline(store, "qat", "--resume", run_id)
+    assert (done.returncode, "another process is training it" in done.stderr) == (1, True), done.stderr
+    found = client.get_run(run_id)
+    assert (found.info.status, found.data.tags["failure_reason"]) == ("RUNNING", "an earlier one")
+    client.delete_run(run_id)
 
 
 def test_a_finished_run_is_not_resumed(store: Path, whole: Run) -> None:

@@ -121,7 +121,9 @@ def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
         if line.startswith("InsertQuantizers"):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # as `mlflow run` does after Ctrl-C, while the run is being ended
     assert "interrupted" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     use_store(tmp_path)

@@ -144,6 +144,14 @@ def test_latency_percentiles_are_ordered(session: Session) -> None:
         measure_latency(session, 0)
 
 
+def test_few_runs_have_an_interval_of_short_turns_or_none(session: Session) -> None:
+    (few,), (ratio,) = measure_in_turns([session], 5)
+    assert few.low < few.high
+    assert {"latency_ms_p50_ci_low", "latency_ms_p50_ci_high"} < few.metrics().keys()
+    (fewer,), (ratio,) = measure_in_turns([session], 4)
+    assert {name for name in fewer.metrics() | ratio.metrics() if "ci" in name} == set()
+
+
 def test_two_sessions_are_timed_in_turns(session: Session, tmp_path: Path) -> None:
     torch.manual_seed(0)
     slower = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 6, 3, padding=1), nn.Flatten(2)).eval()

@@ -75,7 +75,11 @@ def log(model: str, root: Path, pictures: int, head: str, folder: Path, imgsz: i
     experiment = mlflow.create_experiment("served", artifact_location=str(folder / "artifacts"))
     with mlflow.start_run(experiment_id=experiment):
         log_model(onnx, "served", {"mAP50-95": 0.5}, evaluation_set)
-    model_id = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")[0].model_id
+        # again, as a training does that was interrupted here, of a checkpoint whose name MLflow would refuse
+        log_model(onnx, "best-v1.2 50% w4a8", {"mAP50-95": 0.5}, evaluation_set)
+    (model,) = mlflow.search_logged_models(experiment_ids=[experiment], output_format="list")
+    assert model.name == "best-v1-2-50-w4a8"
+    model_id = model.model_id
     return Logged(f"models:/{model_id}", head, onnx, evaluation_set, detections)
 
 

@@ -129,7 +129,7 @@ def class_drop_figure(group: Group, theme: Theme = LIGHT) -> Figure | None:
 
 def _reference(group: Group, run: ComparedRun) -> dict[str, float] | None:
     """The float32 scores by class of the run's model, where it is in the group."""
-    found = group.float_run(run.model)
+    found = group.float_run(run)
     return {one.name: one.ap for one in found.classes} if found is not None and found.classes else None
 
 

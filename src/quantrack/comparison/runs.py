@@ -90,6 +90,7 @@ class ComparedRun:
     samples: tuple[Sample, ...] = ()
     label: str = ""
     variant: str = ""
+    model_digest: str = ""
     resampled: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
 
@@ -100,9 +101,11 @@ class Group:
     circumstances: Circumstances
     runs: tuple[ComparedRun, ...]
 
-    def float_run(self, model: str) -> ComparedRun | None:
-        """The newest float32 run of a model in this group."""
-        return next((run for run in self.runs if run.mode == "fp32" and run.model == model), None)
+    def float_run(self, run: ComparedRun) -> ComparedRun | None:
+        """The most accurate float32 run of a run's checkpoint in this group; file names say nothing of content."""
+        checkpoint = (run.model, run.model_digest)
+        same = (one for one in self.runs if (one.model, one.model_digest) == checkpoint)
+        return next((one for one in same if one.mode == "fp32"), None)
 
 
 def comparable_groups(runs: Sequence[ComparedRun]) -> tuple[Group, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from quantrack.datasets.pictures import network_input
+from quantrack.datasets.pictures import network_input, pictures_in
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
@@ -45,15 +45,15 @@ def load_calibration_set(calib_list: str, calib_images: int, data_root: Path, se
     """The first `calib_images` pictures (0 = all) of a list file, or `random` for a seeded draw.
 
     Each line is used as written if that file exists, otherwise its last two parts
-    (`train2017/000000000009.jpg`) are looked for under `data_root`. `calib_list=random` draws
-    from `data_root/train2017` instead.
+    (`train2017/000000000009.jpg`) are looked for under `data_root`, then its name in `train2017`.
+    `calib_list=random` draws from `data_root/train2017` instead.
 
     Raises:
         QuantrackError: the list or one of its pictures is missing, or the list is empty.
         UsageError: more pictures were asked for than there are.
     """
     if calib_list == RANDOM:
-        available = sorted((data_root / "train2017").glob("*.jpg"))
+        available = pictures_in(data_root / "train2017")
         _check_count(calib_images, len(available), str(data_root / "train2017"))
         drawn = random.Random(seed).sample(available, calib_images or len(available))
         paths = tuple(sorted(drawn))
@@ -95,9 +95,11 @@ def _check_count(asked: int, available: int, source: str) -> None:
 def _resolve(line: str, data_root: Path, calib_list: str) -> Path:
     written = Path(line)
     under_root = data_root.joinpath(*written.parts[-2:])
-    for path in (written, under_root):
+    where_fetched = data_root / "train2017" / written.name  # by the `data` entry point, whatever the line's folder
+    for path in (written, under_root, where_fetched):
         if path.is_file():
             return path
+    places = " nor as ".join(dict.fromkeys((str(under_root), str(where_fetched))))
     raise QuantrackError(
-        f"{line}: listed in {calib_list} but found neither as written nor as {under_root}; run the `data` entry point"
+        f"{line}: listed in {calib_list} but found neither as written nor as {places}; run the `data` entry point"
     )

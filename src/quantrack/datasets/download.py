@@ -19,9 +19,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from quantrack.datasets.calibration import RANDOM, read_list
 from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
-from quantrack.datasets.pictures import picture_problem
+from quantrack.datasets.pictures import picture_problem, pictures_in
 from quantrack.errors import QuantrackError, UsageError
-from quantrack.files import atomic_path
+from quantrack.files import atomic_path, file_digest
 from quantrack.progress import console
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
@@ -96,10 +96,11 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
     for instances in (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS):
         if instances == VAL_ANNOTATIONS or (source / instances).is_file():
             read_annotations(source, source / instances)
+            _require_same_or_none(source / instances, settings.data_root / instances)
             _copy(source / instances, settings.data_root / instances)
     if settings.images == "all":
         wanted = [str(path.relative_to(source)) for folder in ("val2017", "train2017")
-                  for path in sorted((source / folder).glob("*.jpg"))]  # fmt: skip
+                  for path in pictures_in(source / folder)]  # fmt: skip
     else:
         wanted = list(dict.fromkeys(wanted_pictures(settings, source, partial(_present_train_pictures, source))))
     missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
@@ -109,6 +110,13 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
             raise QuantrackError(f"{source / name}: {problem}; complete the source folder")
         _copy(source / name, settings.data_root / name)
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), 0)
+
+
+def _require_same_or_none(source: Path, target: Path) -> None:
+    if target.is_file() and file_digest(target) != file_digest(source):
+        raise QuantrackError(
+            f"{target}: is there already, and is not {source}; move it away, or name another data_root"
+        )
 
 
 def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[], list[str]]) -> Iterator[str]:
@@ -147,7 +155,7 @@ def _listed_train_pictures(root: Path) -> list[str]:
 
 
 def _present_train_pictures(source: Path) -> list[str]:
-    return [path.name for path in (source / "train2017").glob("*.jpg")]
+    return [path.name for path in pictures_in(source / "train2017")]
 
 
 def _file_name(entry: dict[str, object], annotation_file: Path) -> str:
@@ -160,14 +168,14 @@ def _file_name(entry: dict[str, object], annotation_file: Path) -> str:
 
 
 def _fetch_annotations(settings: DownloadSettings) -> int:
-    files = (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS)
-    if all((settings.data_root / name).is_file() for name in files):
+    lacking = [name for name in (VAL_ANNOTATIONS, TRAIN_ANNOTATIONS) if not (settings.data_root / name).is_file()]
+    if not lacking:
         return 0
     archive = settings.data_root / ANNOTATION_ARCHIVE
     with _progress() as bar:
         task = bar.add_task("annotations", total=None)
         received = _fetch_archive(settings, ANNOTATION_ARCHIVE, archive, lambda size: bar.update(task, advance=size))
-    extract(archive, {f"annotations/{name.name}" for name in files}, settings.data_root)
+    extract(archive, {f"annotations/{name.name}" for name in lacking}, settings.data_root)
     archive.unlink()
     return received
 
@@ -188,7 +196,7 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
             received += _fetch_archive(settings, f"zips/{archive.name}", archive, advance)
         extract(archive, None, settings.data_root)
         archive.unlink()
-        downloaded += sum(1 for _ in folder.glob("*.jpg"))
+        downloaded += len(pictures_in(folder))
     return PreparedData(downloaded + reused, downloaded, reused, received)
 
 

@@ -1,13 +1,15 @@
-"""A picture's size from its first bytes, so that an absurdly large one is refused before it is decoded."""
+"""What a picture's bytes say without being decoded: its size, so that an absurdly large one is refused; its end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 KNOWN_FORMATS = "JPEG, PNG, WebP or BMP"
 _JPEG, _PNG, _BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"
 _RIFF, _WEBP = b"RIFF", b"WEBP"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are tables, not frames
+_JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers that no length follows
 
 
@@ -41,8 +43,23 @@ def _sides(content: bytes, start: int, count: int, order: Literal["big", "little
     return int.from_bytes(content[start:middle], order), int.from_bytes(content[middle:end], order)
 
 
+def jpeg_is_whole(content: bytes) -> bool:
+    """Whether a JPEG's scan has its end marker, whatever follows: phones append videos and depth maps to pictures."""
+    start = next((place for marker, place in _jpeg_segments(content) if marker == _JPEG_SCAN), None)
+    return start is not None and _JPEG_END in content[start:]
+
+
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Walk the segments to the first frame header."""
+    """Of the first frame header."""
+    for marker, place in _jpeg_segments(content):
+        if marker in _JPEG_FRAMES:
+            sides = _sides(content, place + 5, 2, "big")
+            return sides and (sides[1], sides[0])
+    return None
+
+
+def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of each segment with a length, in order; what follows the first scan is not to be relied on."""
     place = 2
     while (place := content.find(b"\xff", place)) >= 0 and place + 4 <= len(content):
         marker = content[place + 1]
@@ -50,12 +67,9 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
             place += 1
         elif marker in _JPEG_ALONE:
             place += 2
-        elif marker in _JPEG_FRAMES:
-            sides = _sides(content, place + 5, 2, "big")
-            return sides and (sides[1], sides[0])
         else:
+            yield marker, place
             place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return None
 
 
 def _bmp_size(content: bytes) -> tuple[int, int] | None:

@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from quantrack.datasets.picture_size import jpeg_is_whole
 from quantrack.errors import QuantrackError
 
 PAD_VALUE = 114  # Ultralytics' grey
 JPEG_START = b"\xff\xd8"
-JPEG_END = b"\xff\xd9"
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,16 @@ def content_problem(content: bytes) -> str | None:
     """Why the bytes of a picture file are no whole picture, without decoding them; None if they look whole."""
     if not content:
         return "empty"
-    if content[:2] == JPEG_START and JPEG_END not in content[-4096:]:
+    if content[:2] == JPEG_START and not jpeg_is_whole(content):
         return "truncated jpg (no end marker)"
     return None
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by their names' ends, in order; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,17 +114,27 @@ def parity_inputs(evaluation_set: EvaluationSet, imgsz: int) -> Iterator[NDArray
         yield network_input(picture.path, imgsz)
 
 
-def require_same_classes(class_count: int, evaluation_set: EvaluationSet, model: str) -> None:
-    """Refuse a detector whose classes are not the annotations'.
+def require_same_classes(class_names: Sequence[str], evaluation_set: EvaluationSet, given: str) -> None:
+    """Refuse a detector whose classes are not the annotations', which belong together by their order.
+
+    `given` is the setting that named the detector, with its value. Names need not be equal, as those of a checkpoint
+    may be in another language; the same names in another order are a mistake.
 
     Raises:
-        QuantrackError: the counts differ.
+        QuantrackError: the counts or the order differ.
     """
-    annotated = len(evaluation_set.categories)
-    if class_count != annotated:
+    annotated = [category.name for category in evaluation_set.categories]
+    where = evaluation_set.annotation_file
+    if len(class_names) != len(annotated):
         raise QuantrackError(
-            f"model={model}: detects {class_count} classes, but {evaluation_set.annotation_file} has {annotated}; "
+            f"{given}: detects {len(class_names)} classes, but {where} has {len(annotated)}; "
             "use the annotations that the model was trained for"
+        )
+    if sorted(class_names) == sorted(annotated) and list(class_names) != annotated:
+        place = next(n for n, pair in enumerate(zip(class_names, annotated, strict=True)) if pair[0] != pair[1])
+        raise QuantrackError(
+            f"{given}: its class {place} is {class_names[place]}, but number {place} of {where} by id is "
+            f"{annotated[place]}; give the categories ids in the order of the model's classes"
         )
 
 

@@ -79,7 +79,8 @@ class TrainableConvolution(nn.Module):
     """A convolution with `common_steps`, `log_change` of the scales, and a bias.
 
     `common_steps` are the weights in steps of a 4-bit grid over the range of their channel, whatever bits the channel
-    has; `units`, the weights over their scale, follow from them. `input_log_change` is that of its input's scale; where activations stay float it has no effect.
+    has; `units`, the weights over their scale, follow from them. `input_log_change` is that of its input's scale; where
+    activations stay float it has no effect.
 
     `set_rounding` replaces the way in which units become integers, which is straight through at first.
     """

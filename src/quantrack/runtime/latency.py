@@ -15,7 +15,8 @@ from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.runtime.session import CPU, Session
 
-BLOCK = 10  # runs of one session before the next one's turn
+BLOCK = 10  # runs of one session before the next one's turn, fewer where there would be under `LEAST_BLOCKS` turns
+LEAST_BLOCKS = 5  # fewer medians have no interval to speak of
 SETTLING = 3  # runs at the start of a turn that still feel the other session
 WARM_UP_BLOCKS = 10
 STABLE = 0.05  # two blocks' medians differ by less than this share
@@ -27,7 +28,7 @@ Milliseconds = NDArray[np.float64]
 class Latency:
     """Milliseconds of one picture through the network: no reading, letterbox or NMS.
 
-    `low` and `high` bound the median at 95 % (bootstrap over blocks of runs).
+    `low` and `high` bound the median at 95 % (bootstrap over blocks of runs); None with fewer than five runs.
     """
 
     mean: float
@@ -35,8 +36,8 @@ class Latency:
     p90: float
     p99: float
     runs: int
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -44,21 +45,23 @@ class Latency:
             "latency_ms_p50": self.p50,
             "latency_ms_p90": self.p90,
             "latency_ms_p99": self.p99,
-            "latency_ms_p50_ci_low": self.low,
-            "latency_ms_p50_ci_high": self.high,
-        }
+        } | _interval_metrics("latency_ms_p50", self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of one session's latency over another's, and its 95 % interval over the turns."""
+    """The median of one session's latency over another's, and its 95 % interval over the turns, None if too few."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def metrics(self) -> dict[str, float]:
-        return {"latency_ratio": self.median, "latency_ratio_ci_low": self.low, "latency_ratio_ci_high": self.high}
+        return {"latency_ratio": self.median} | _interval_metrics("latency_ratio", self.low, self.high)
+
+
+def _interval_metrics(name: str, low: float | None, high: float | None) -> dict[str, float]:
+    return {} if low is None or high is None else {f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
 def measure_latency(session: Session, runs: int) -> Latency:
@@ -85,7 +88,8 @@ def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Late
     for run in timed:
         _warm_up(run, runs)
     blocks: list[list[Milliseconds]] = [[] for _ in sessions]
-    sizes = [min(BLOCK, runs - done) for done in range(0, runs, BLOCK)]
+    block = max(1, min(BLOCK, runs // LEAST_BLOCKS))
+    sizes = [min(block, runs - done) for done in range(0, runs, block)]
     for size in track(sizes, "measuring latency"):
         for place, run in enumerate(timed):
             settling = SETTLING if len(sessions) > 1 else 0
@@ -98,11 +102,14 @@ def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Late
 def _latency(milliseconds: Milliseconds, medians: Milliseconds) -> Latency:
     p50, p90, p99 = (float(value) for value in np.percentile(milliseconds, [50, 90, 99]))
     _, low, high = _median_interval(medians)
-    return Latency(float(milliseconds.mean()), p50, p90, p99, len(milliseconds), min(low, p50), max(high, p50))
+    low, high = low if low is None else min(low, p50), high if high is None else max(high, p50)
+    return Latency(float(milliseconds.mean()), p50, p90, p99, len(milliseconds), low, high)
 
 
-def _median_interval(values: Milliseconds) -> tuple[float, float, float]:
-    """The median of blocks and its 95 % percentile bootstrap, the same for the same values."""
+def _median_interval(values: Milliseconds) -> tuple[float, float | None, float | None]:
+    """The median of blocks and its 95 % percentile bootstrap, the same for the same values; None of too few."""
+    if len(values) < LEAST_BLOCKS:
+        return float(np.median(values)), None, None
     drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
     return float(np.median(values)), float(low), float(high)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -21,7 +20,7 @@ from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
 from quantrack.schemes import SCHEMES, variant_words
-from quantrack.tracking.environment import git_commit
+from quantrack.tracking.environment import git_commit, installed_versions
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
 from quantrack.tracking.resample import resampled_runs
 
@@ -61,6 +60,7 @@ def _compared(run: Run) -> ComparedRun:
             run_id, run.info.run_name or run_id, tags["mode"], tags["recipe"], tags["model_name"],
             Circumstances(evaluation_name(run), *(tags[name] for name in CIRCUMSTANCES)), dict(run.data.metrics),
             _classes(run_id), _ranges(run_id), _samples(run_id, Path(folder)), variant=_variant(tags),
+            model_digest=tags.get("model_digest", ""),
         )  # fmt: skip
 
 
@@ -120,5 +120,8 @@ def log_comparison(groups: Sequence[Group], title: str) -> None:
 def _made() -> str:
     """When and by which code the comparison was made."""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    # `mlflow run` runs the source itself, not installed, in the environments that it builds
+    version = installed_versions().get("quantrack", "")
     commit = git_commit().get("git_commit", "")
-    return f"Made {now} by Quantrack {version('quantrack')}" + (f", commit {commit[:12]}" if commit else "")
+    words = ["Quantrack", *([version] if version else [])]
+    return f"Made {now} by {' '.join(words)}" + (f", commit {commit[:12]}" if commit else "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
+from mlflow.entities import LoggedModel
 from mlflow.models import Model
 
 from quantrack.datasets.coco import EvaluationSet
@@ -17,17 +19,40 @@ from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
 from quantrack.tracking.read import find_run
 
+NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
+
 
 def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_set: EvaluationSet) -> None:
-    """Log the file that was run as a model that takes pictures, linked to the run's metrics and the evaluation set."""
+    """Log the file that was run as a model that takes pictures, linked to the run's metrics and the evaluation set.
+
+    One that an earlier, interrupted attempt of the run has logged goes: a run has one model.
+    """
+    _delete_models_of_active_run()
     info = Model.log(
         artifact_path=None,
-        name=name,
+        name=NOT_IN_NAMES.sub("-", name),
         flavor=detector_flavor,
         onnx_file=path,
         validate_serving_input=False,  # MLflow would load the model again here; it is the file just measured
     )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id, dataset=evaluation_dataset(evaluation_set))
+
+
+def _delete_models_of_active_run() -> None:
+    active = mlflow.active_run()
+    if active is None:
+        return
+    client = mlflow.MlflowClient()
+    for model in models_of_run(active.info.experiment_id, active.info.run_id):
+        client.delete_logged_model(model.model_id)
+
+
+def models_of_run(experiment_id: str, run_id: str) -> list[LoggedModel]:
+    """The models that a run has logged."""
+    found = mlflow.search_logged_models(
+        [experiment_id], filter_string=f"source_run_id = '{run_id}'", output_format="list"
+    )
+    return list(found)
 
 
 def fetch(reference: str, setting: str, folder: Path) -> Path:
@@ -60,12 +85,22 @@ def told_as(setting: str, reference: str, path: Path) -> Iterator[None]:
 
 
 def float_file_of(reference: str) -> str:
-    """Where the float32 baseline lies that the run behind `runs:/RUN_ID/...` was held against; empty if nowhere."""
-    if not reference.startswith("runs:/"):
-        return ""
-    run = find_run(reference.removeprefix("runs:/").partition("/")[0])
+    """Where the float32 baseline of the run behind `runs:/...` or `models:/...` lies; empty if nowhere."""
+    run_id = _run_behind(reference)
+    run = find_run(run_id) if run_id else None
     baseline = run.data.tags.get("baseline_run_id", "") if run else ""
     return f"runs:/{baseline}/onnx" if baseline else ""
+
+
+def _run_behind(reference: str) -> str | None:
+    if reference.startswith("runs:/"):
+        return reference.removeprefix("runs:/").partition("/")[0]
+    if not reference.startswith("models:/"):
+        return None
+    try:
+        return mlflow.models.get_model_info(reference).run_id
+    except mlflow.MlflowException:  # a file within a model, or a model that says nothing of its run
+        return None
 
 
 def fetch_plan(reference: str) -> BitPlan:

@@ -12,6 +12,7 @@ from quantrack.comparison.model_card import Measurement
 from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.tracking.log import log_json
+from quantrack.tracking.models import models_of_run
 from quantrack.tracking.read import evaluation_name, find_run, read_json, require_run
 from quantrack.tracking.registry import Move
 
@@ -45,13 +46,9 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
 
 
 def _measured(run: Run) -> MeasuredRun:
-    models = mlflow.search_logged_models(
-        experiment_ids=[run.info.experiment_id],
-        filter_string=f"source_run_id = '{run.info.run_id}'",
-        output_format="list",
-    )
     baseline_id = run.data.tags.get("baseline_run_id")
     baseline = find_run(baseline_id) if baseline_id else None
+    models = models_of_run(run.info.experiment_id, run.info.run_id)
     ready = tuple(model.model_id for model in models if str(model.status) == "READY")
     return _facts(run, ready, None if baseline is None else _facts(baseline, (), None))
 

@@ -33,8 +33,24 @@ def require_run(run_id: str, setting: str) -> Run:
     """
     run = find_run(run_id)
     if run is None:
-        raise QuantrackError(f"{setting}={run_id}: no such run at {mlflow.get_tracking_uri()}")
+        raise QuantrackError(f"{setting}={run_id}: no such run at {store_address()}")
     return run
+
+
+def store_address() -> str:
+    """The tracking store's address, without the user and the password that it may hold."""
+    return without_credentials(str(mlflow.get_tracking_uri()))
+
+
+def without_credentials(address: str) -> str:
+    """An address as it may be shown to everybody.
+
+    >>> without_credentials("postgresql://mlflow:secret@db/mlflow"), without_credentials("sqlite:///mlflow.db")
+    ('postgresql://db/mlflow', 'sqlite:///mlflow.db')
+    """
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + separator + host.rpartition("@")[2] + slash + path
 
 
 def read_json(run_id: str, name: str) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from quantrack.detector.environment import cache_folder
 from quantrack.errors import QuantrackError
 from quantrack.files import combined_digest
 from quantrack.progress import say
-from quantrack.tracking.read import ABSENT
+from quantrack.tracking.read import ABSENT, without_credentials
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "quantrack.move"
@@ -217,7 +217,8 @@ def open_registry(name: str) -> Iterator[Registry]:
             yield registry
         except mlflow.MlflowException as error:
             reason = " ".join(str(error).split())[:300]
-            raise QuantrackError(f"name={name}: MLflow at {mlflow.get_registry_uri()}: {reason}") from error
+            address = without_credentials(str(mlflow.get_registry_uri()))
+            raise QuantrackError(f"name={name}: MLflow at {address}: {reason}") from error
 
 
 def _lock(stream: TextIO, name: str) -> None:

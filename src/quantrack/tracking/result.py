@@ -108,12 +108,16 @@ def log_tuning(trials: Sequence[Trial]) -> None:
     table: dict[str, list[object]] = {
         "session": [trial.settings.text for trial in trials],
         "median ms": [round(trial.latency.p50, 3) for trial in trials],
-        "from": [round(trial.latency.low, 3) for trial in trials],
-        "to": [round(trial.latency.high, 3) for trial in trials],
-        "times float32": [None if trial.ratio is None else round(trial.ratio.median, 4) for trial in trials],
+        "from": [_rounded(trial.latency.low, 3) for trial in trials],
+        "to": [_rounded(trial.latency.high, 3) for trial in trials],
+        "times float32": [_rounded(trial.ratio.median if trial.ratio else None, 4) for trial in trials],
     }
     mlflow.log_table(table, "tuning.json")
     mlflow.set_tag("best_session_settings", trials[0].settings.text)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import mlflow
 from mlflow.entities import Run
+from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, memory_problem
+from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
+from quantrack.tracking.read import store_address
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,3}")
 
 
 @contextmanager
@@ -31,11 +32,11 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         run = mlflow.start_run(nested=nested)
+    except mlflow.MlflowException as error:
+        raise QuantrackError(store_problem(error)) from error
+    with _ended_as_the_work_ends():
         mlflow.set_tags({"entry_point": entry} | git_commit())
         log_new_parameters(parameters)
-    except mlflow.MlflowException as error:
-        raise QuantrackError(f"MLflow at {mlflow.get_tracking_uri()}: {_one_line(error)}") from error
-    with _ended_as_the_work_ends():
         yield run
 
 
@@ -50,10 +51,10 @@ def resumed_run(run: Run) -> Iterator[None]:
         raise QuantrackError(f"resume={run.info.run_id}: the run has finished; there is nothing to go on with")
     mlflow.set_tag("resumed_run_id", run.info.run_id)
     mlflow.start_run(run_id=run.info.run_id, nested=True)
-    mlflow.set_tags(git_commit())
-    if REASON_TAG in run.data.tags:
-        mlflow.delete_tag(REASON_TAG)
     with _ended_as_the_work_ends():
+        mlflow.set_tags(git_commit())
+        if REASON_TAG in run.data.tags:
+            mlflow.delete_tag(REASON_TAG)
         yield
 
 
@@ -67,10 +68,24 @@ def _ended_as_the_work_ends() -> Iterator[None]:
     except QuantrackError as error:
         _end("FAILED", str(error))
         raise
+    except Exception as error:
+        told = store_problem(error) if isinstance(error, mlflow.MlflowException) else memory_problem(error)
+        _end("FAILED", told or f"{type(error).__name__}: {error}")
+        if told:
+            raise QuantrackError(told) from error
+        raise
     except BaseException as error:
         _end("FAILED", f"{type(error).__name__}: {error}")
         raise
-    mlflow.end_run("FINISHED")
+    try:
+        mlflow.end_run("FINISHED")
+    except mlflow.MlflowException as error:
+        raise QuantrackError(store_problem(error)) from error
+
+
+def store_problem(error: mlflow.MlflowException) -> str:
+    """What MLflow says, in one line, and where."""
+    return f"MLflow at {store_address()}: {_one_line(error)}"
 
 
 def log_new_parameters(parameters: Mapping[str, str]) -> None:
@@ -84,13 +99,26 @@ def name_run(name: str) -> None:
     """Name the active run, unless the user did: only a name that MLflow made up is replaced."""
     active = mlflow.active_run()
     current = mlflow.get_run(active.info.run_id).info.run_name if active else None
-    if not current or GENERATED_NAME.fullmatch(current):
+    if not current or _made_up(current):
         mlflow.set_tag("mlflow.runName", name)
 
 
+def _made_up(name: str) -> bool:
+    """Whether MLflow's generator may have made a name: two of its words and a number."""
+    predicate, _, rest = name.partition("-")
+    noun, _, number = rest.partition("-")
+    return predicate in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
+
+
 def _end(status: str, reason: str) -> None:
-    mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])
-    mlflow.end_run(status)
+    """End the active run whatever MLflow answers: a run that is left over, MLflow itself ends as FINISHED."""
+    try:
+        try:
+            mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])
+        finally:
+            mlflow.end_run(status)
+    except mlflow.MlflowException as error:
+        say(f"that the run is {status} could not be recorded: {store_problem(error)}")
 
 
 def _one_line(error: Exception) -> str:

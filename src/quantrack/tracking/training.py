@@ -13,6 +13,7 @@ import mlflow
 from mlflow.entities import Run
 
 from quantrack.comparison.runs import ACCURACY
+from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.training import TrainingPictures
 from quantrack.detector.environment import cache_folder
@@ -75,29 +76,42 @@ def training_folder() -> Iterator[Path]:
     """
     active = mlflow.active_run()
     run_id = active.info.run_id if active else ""
-    folder = cache_folder() / "training" / run_id
+    folder = _folder_of(run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
+    with _locked(folder, run_id):
         say(f"training in {folder}; if it is interrupted, go on with: mlflow run . -e qat -P resume={run_id}")
         yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _folder_of(run_id: str) -> Path:
+    return cache_folder() / "training" / run_id
+
+
+@contextmanager
+def _locked(folder: Path, run_id: str) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
+        yield
+
+
 def require_training_folder(run: Run) -> None:
-    """Check that a run's training can be gone on with here.
+    """Check that a run's training can be gone on with here, before anything is changed of the run.
 
     Raises:
-        QuantrackError: it is no qat run, or its folder is not on this machine.
+        QuantrackError: it is no qat run, its folder is not on this machine, or another process is training it.
     """
     if run.data.tags.get("entry_point") != "qat":
         raise QuantrackError(f"resume={run.info.run_id}: not a qat run; give the id of an interrupted qat run")
-    folder = cache_folder() / "training" / run.info.run_id
+    folder = _folder_of(run.info.run_id)
     if run.info.status != "FINISHED" and not folder.is_dir():
         raise QuantrackError(f"resume={run.info.run_id}: {folder} is not on this machine; start a new qat run")
+    if folder.is_dir():
+        with _locked(folder, run.info.run_id):
+            pass
 
 
 def log_training_inputs(pictures: TrainingPictures) -> None:
@@ -118,11 +132,14 @@ def log_training_inputs(pictures: TrainingPictures) -> None:
         mlflow.set_tag(tag, part.digest)
 
 
-def start_state(start: Start, settings: QatSettings, detector: Detector, folder: Path) -> Path:
+def start_state(
+    start: Start, settings: QatSettings, detector: Detector, calibration: CalibrationSet, folder: Path
+) -> Path:
     """The quantized state of the PTQ run to start from, which becomes the active run's start.
 
     Raises:
-        UsageError: the run is of another mode, detector, head or input size.
+        UsageError: the run is of another mode, detector, head or input size, of other calibration pictures, or not by
+            the recipe that was given.
         QuantrackError: it is no finished PTQ run, or has logged no state.
     """
     run_id, tags = start.run_id, start.tags
@@ -133,6 +150,14 @@ def start_state(start: Start, settings: QatSettings, detector: Detector, folder:
     for name, value in wanted.items():
         if tags.get(name) != value:
             raise UsageError(f"from_run={run_id}: its {name} is {tags.get(name)}, not {value}; give a run of the same")
+    if tags.get("calibration_digest") != calibration.digest:
+        raise UsageError(
+            f"from_run={run_id}: was calibrated on other pictures than these {len(calibration.paths)}; give "
+            "calib_list, calib_images and, with calib_list=random, seed as that run has them"
+        )
+    given = Path(settings.recipe).stem
+    if settings.recipe != QatSettings.recipe and given != start.recipe.removesuffix("-qat"):
+        raise UsageError(f"from_run={run_id}: was made by recipe {start.recipe}, not {given}; leave recipe out")
     mlflow.set_tag(START_TAG, run_id)
     return fetch(f"runs:/{run_id}/{QUANTIZED_STATE}", "from_run", folder)
 

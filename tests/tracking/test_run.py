@@ -1,0 +1,80 @@
+"""A run ends as its work ends, whatever MLflow answers, and keeps the name that its user gave it."""
+
+import re
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from quantrack.errors import QuantrackError
+from quantrack.tracking import run as runs
+from quantrack.tracking.compare import _made
+from quantrack.tracking.read import require_run
+from quantrack.tracking.run import name_run, tracked_run
+
+
+@pytest.fixture(scope="module")
+def run_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def own_store(run_store: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{run_store}/mlflow.db")
+
+
+def refuses(*arguments: object, **settings: object) -> None:
+    raise mlflow.MlflowException("the server\nis away")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (mlflow.MlflowException("the server\nis away"), "MLflow at sqlite:///.*: the server is away"),
+        (MemoryError(), "memory ran out .*smaller imgsz"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out .*Tried to allocate 2 GiB"),
+        (QuantrackError("broken.jpg: empty"), "broken.jpg: empty"),
+    ],
+)
+def test_what_ends_the_work_is_one_line_and_the_reason(error: Exception, told: str) -> None:
+    with pytest.raises(QuantrackError, match=told), tracked_run("test", {}) as run:
+        raise error
+    ended = mlflow.get_run(run.info.run_id)
+    assert ended.info.status == "FAILED"
+    assert re.match(told, ended.data.tags["failure_reason"])
+
+
+def test_a_run_ends_failed_where_its_reason_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.mlflow, "set_tag", refuses)
+    with pytest.raises(QuantrackError, match="no picture"), tracked_run("test", {}) as run:
+        raise QuantrackError("no picture")
+    assert mlflow.active_run() is None
+    assert mlflow.get_run(run.info.run_id).info.status == "FAILED"
+
+
+def test_a_run_that_cannot_be_begun_does_not_end_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "log_new_parameters", refuses)
+    with pytest.raises(QuantrackError, match="the server is away"), tracked_run("begun", {}):
+        pytest.fail("not reached")
+    (run,) = mlflow.search_runs(filter_string="tags.entry_point = 'begun'", output_format="list")
+    assert run.info.status == "FAILED"
+
+
+def test_only_a_name_that_mlflow_made_up_is_replaced() -> None:
+    for name, expected in ((None, "ptq-w4a8"), ("nightly-build-12", "nightly-build-12"), ("mine", "mine")):
+        with mlflow.start_run(run_name=name) as run:
+            name_run("ptq-w4a8")
+        assert mlflow.get_run(run.info.run_id).info.run_name == expected
+
+
+def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "https://me:secret@tracking.example/prefix"
+    monkeypatch.setattr("quantrack.tracking.read.find_run", lambda run_id: None)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: address)
+    with pytest.raises(QuantrackError, match=r"runs=x: no such run at https://tracking\.example/prefix$"):
+        require_run("x", "runs")
+
+
+def test_a_comparison_is_dated_where_quantrack_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantrack.tracking.compare.installed_versions", dict)
+    assert "by Quantrack" in _made()

@@ -14,7 +14,7 @@ from recipes import DEFAULT_BY_ROLE
 
 from quantrack.detector.environment import cache_folder
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.curvature import KEPT, Curvature, Sampling, float_curvatures
+from quantrack.quantization.curvature import KEPT, Curvature, Sampling, _Positions, float_curvatures
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
@@ -167,3 +167,20 @@ def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         os.utime(tmp_path / name, (time.time() - hours * 3600,) * 2)
     forget_oldest(tmp_path, keep=tmp_path / "newest")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".being-written.tmp", "file.pt", "newer", "newest"]
+
+
+def test_each_picture_counts_alike_whatever_batch_it_is_in(make_job: MakeJob) -> None:
+    everywhere = Sampling(positions=10**6, importance_share=0.0, mirrored=False, covariances=False, memory_gb=1.0)
+    one, others = (passes(replace(known(make_job), batch=batch), everywhere)[0] for batch in (4, 3))
+    for name, curvature in one.items():
+        torch.testing.assert_close(curvature.mean, others[name].mean)
+        torch.testing.assert_close(curvature.drawn_mean, curvature.mean)
+        torch.testing.assert_close(curvature.inputs, others[name].inputs)
+
+
+def test_what_comes_after_the_raw_outputs_is_looked_at_evenly(make_job: MakeJob) -> None:
+    positions = _Positions(SAMPLING, known(make_job))
+    positions.importance = [{}]  # of DFL, which decodes boxes, there is none
+    drawn = positions.drawn("model.23.dfl.conv", 0, 1000)
+    assert drawn is not None
+    assert (len(drawn), int(drawn.min()) >= 0, int(drawn.max()) < 1000) == (64, True, True)

@@ -9,6 +9,7 @@ KNOWN_FORMATS = "JPEG, PNG, WebP or BMP"
 _JPEG, _PNG, _BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"
 _RIFF, _WEBP = b"RIFF", b"WEBP"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are tables, not frames
+_NEAR_THE_END = 4096
 _JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers that no length follows
 
@@ -44,9 +45,12 @@ def _sides(content: bytes, start: int, count: int, order: Literal["big", "little
 
 
 def jpeg_is_whole(content: bytes) -> bool:
-    """Whether a JPEG's scan has its end marker, whatever follows: phones append videos and depth maps to pictures."""
-    start = next((place for marker, place in _jpeg_segments(content) if marker == _JPEG_SCAN), None)
-    return start is not None and _JPEG_END in content[start:]
+    """Whether a JPEG's scan has its end marker, whatever follows: phones append videos and depth maps to pictures.
+
+    Where no scan is found, whether there is such a marker near the end.
+    """
+    start = next((place for marker, place in _jpeg_segments(content) if marker == _JPEG_SCAN), -_NEAR_THE_END)
+    return _JPEG_END in content[start:]
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:

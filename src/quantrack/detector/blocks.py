@@ -6,13 +6,14 @@ Steps that work block by block (GPTQ, block reconstruction, sensitivity) walk th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 INPUT = -1
+Output = Tensor | tuple[Tensor, ...]  # YOLOv9's CBLinear gives several
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ def _block(index: int, sources: int | list[int]) -> Block:
     return Block(index, f"model.{index}", absolute, takes_list=not isinstance(sources, int))
 
 
-def run_block(model: nn.Module, block: Block, inputs: Sequence[Tensor]) -> Tensor:
+def run_block(model: nn.Module, block: Block, inputs: Sequence[Output]) -> Output:
     """The block's output for the outputs of its sources; the last block gives the detections."""
     module = model.get_submodule(block.name)
     # modules may change the list they are given, and what is kept for others must not change
     output = module(list(inputs)) if block.takes_list else module(inputs[0])
-    return cast("Tensor", output)
+    return cast("Output", output)
 
 
-def run_blocks(model: nn.Module, blocks: Sequence[Block], outputs: dict[int, Tensor]) -> Tensor:
+def run_blocks(model: nn.Module, blocks: Sequence[Block], outputs: dict[int, Output]) -> Output:
     """Run consecutive blocks on, from the outputs of those before (by index); the last one's output.
 
     `outputs` is left as it was.
@@ -61,6 +62,16 @@ def run_blocks(model: nn.Module, blocks: Sequence[Block], outputs: dict[int, Ten
     for block in blocks:
         known[block.index] = run_block(model, block, [known[source] for source in block.sources])
     return known[blocks[-1].index]
+
+
+def tensors_of(output: Output) -> tuple[Tensor, ...]:
+    """All that a block gives."""
+    return (output,) if isinstance(output, Tensor) else output
+
+
+def each_of(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
+    """The same kind of output, of changed tensors."""
+    return change(output) if isinstance(output, Tensor) else tuple(change(one) for one in output)
 
 
 def last_use(blocks: Sequence[Block]) -> dict[int, int]:

@@ -85,10 +85,21 @@ class Student(nn.Module):
         head = self.model[-1]
         if getattr(head, "one2one_cv2", None) is None:
             return v8DetectionLoss(self)
-        return E2ELoss(self) if head.cv2 is not None else _OneToOneLoss(self)
+        return _at_the_end_of_its_schedule(E2ELoss(self)) if head.cv2 is not None else _OneToOneLoss(self)
 
     def set_head_attr(self, **attributes: object) -> None:
         """The trainer would set the limit of detections to its own; the exported one stays."""
+
+
+def _at_the_end_of_its_schedule(loss: Any) -> Any:  # noqa: ANN401 - Ultralytics is untyped
+    """The loss of both heads as a trained detector knows it, and with which its training has ended.
+
+    From scratch the one-to-many head weighs 0.8 at first and 0.1 at last, so that features are there when the other one
+    needs them. They are there: beginning again would pull them from the head that is exported.
+    """
+    loss.o2m = loss.o2m_copy = loss.final_o2m
+    loss.o2o = loss.total - loss.o2m
+    return loss
 
 
 def _in_float32(outputs: Any) -> Any:  # noqa: ANN401

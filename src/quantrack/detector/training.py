@@ -135,8 +135,12 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         return self.job.student
 
     def build_optimizer(self, model: nn.Module, *args: object, **kwargs: object) -> torch.optim.Optimizer:
-        """Adam on the job's groups."""
-        return torch.optim.Adam(self.job.groups(unwrap_model(model)), betas=(0.9, 0.99))
+        """Adam on the job's groups; other parameters stay, whose gradients would only count in the clipped norm."""
+        optimizer = torch.optim.Adam(self.job.groups(unwrap_model(model)), betas=(0.9, 0.99))
+        learned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in learned)
+        return optimizer
 
     def get_validator(self) -> SimpleNamespace:
         """Nothing: the job validates."""

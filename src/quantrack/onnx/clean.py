@@ -39,8 +39,8 @@ def clean_graph(source: Path, target: Path) -> None:
 def convert_to_float16(source: Path, target: Path) -> None:
     """Write a float16 copy of a float32 graph, quantizers' scales too; input and output stay float32.
 
-    Box decoding runs to 640 pixels, where float16 has steps of half a pixel, but it is computed per
-    stride in cells below 80, where steps are 1/16 cell at most.
+    Boxes are decoded in cells and then multiplied by their stride, in float16 as well: results have steps of half a
+    pixel from 512 pixels on, and of a pixel from 1,024 on.
     """
     model = load_newer(source) if has_quantizers(source) else load_onnx(source)
     converted = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST)

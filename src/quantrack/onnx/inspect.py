@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
@@ -145,9 +146,16 @@ def _exceeds(node: onnx.NodeProto, stored: onnx.TensorProto) -> bool:
     groups = next((item.i for item in node.attribute if item.name == "group"), 1)
     if weight.shape[1] == 1 and groups >= len(weight):
         return False  # depthwise convolutions add in 32 bits
-    in_order = np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
-    pairs = np.pad(in_order, ((0, 0), (0, in_order.shape[1] % 2))).reshape(len(weight), -1, 2)
-    return bool(max(pairs.clip(min=0).sum(axis=2).max(), -pairs.clip(max=0).sum(axis=2).min()) > LARGEST_PAIR)
+    in_order = np.moveaxis(weight, 1, -1)
+    # kernels may fill channels up to an even number
+    even = np.pad(in_order, [*[(0, 0)] * (in_order.ndim - 1), (0, in_order.shape[-1] % 2)])
+    return any(_largest_pair(one.reshape(len(one), -1)) > LARGEST_PAIR for one in (in_order, even))
+
+
+def _largest_pair(in_order: NDArray[np.int16]) -> int:
+    """The largest sum of two neighbours of one sign in rows of integers."""
+    pairs = np.pad(in_order, ((0, 0), (0, in_order.shape[1] % 2))).reshape(len(in_order), -1, 2)
+    return int(max(pairs.clip(min=0).sum(axis=2).max(), -pairs.clip(max=0).sum(axis=2).min()))
 
 
 def require_same_qdq(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:

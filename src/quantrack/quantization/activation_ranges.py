@@ -11,7 +11,7 @@ from torch import Tensor
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
-from quantrack.quantization.layers import quantized_layers, set_activation_range
+from quantrack.quantization.layers import layer_plan, quantized_layers, set_activation_range
 
 LEVELS = 255  # steps of an 8-bit grid
 Range = tuple[float, float]
@@ -23,7 +23,7 @@ class MinMaxActivationRanges:
 
     They are wider than what was seen by `margin` over the number of pictures, and twice as wide at most: the fewer
     were seen, the more often others reach further, and where channels are equalized, any of them may be clipped.
-    The network's own input, whose range is known, has no margin.
+    The network's own input has the range that pictures can have, 0 to 1, whatever was seen.
     """
 
     margin: float = 0.0
@@ -37,8 +37,7 @@ class MinMaxActivationRanges:
         roles = convolution_roles(job.model)
 
         def choose(name: str, seen: ActivationStatistics) -> Range:
-            factor = 1.0 if roles[name] is Role.FIRST else wider
-            return factor * seen.minimum, factor * seen.maximum
+            return (0.0, 1.0) if roles[name] is Role.FIRST else (wider * seen.minimum, wider * seen.maximum)
 
         return set_ranges(job, choose)
 
@@ -75,13 +74,16 @@ class MseActivationRanges:
             raise UsageError("mse activation ranges: candidates must be at least 2 and smallest_shrink in 0..1")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        return set_ranges(job, lambda name, seen: self.range(seen))
+        kinds = {name: layer_plan(layer).activation for name, layer in quantized_layers(job.model).items()}
+        return set_ranges(job, lambda name, seen: self.range(seen, kinds[name]))
 
-    def range(self, seen: ActivationStatistics) -> Range:
-        """Both ends shrink together; they hold 0 in any case."""
-        low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    def range(self, seen: ActivationStatistics, activation: str | None) -> Range:
+        """Both ends shrink together; they hold 0 in any case, and are equally far from it for a symmetric grid."""
+        low, high, levels = min(seen.minimum, 0.0), max(seen.maximum, 0.0), LEVELS
+        if activation == "symmetric":
+            low, high, levels = -max(-low, high), max(-low, high), LEVELS - 1
         shrinks = torch.linspace(1.0, self.smallest_shrink, self.candidates).tolist()
-        errors = [rounding_error(seen.sample, low * shrink, high * shrink) for shrink in shrinks]
+        errors = [rounding_error(seen.sample, low * shrink, high * shrink, levels) for shrink in shrinks]
         best = shrinks[min(range(len(errors)), key=errors.__getitem__)]
         return low * best, high * best
 
@@ -98,8 +100,8 @@ def set_ranges(job: QuantizationJob, choose: Callable[[str, ActivationStatistics
     return {"quantizers": float(len(kept))} | ({"range_kept_mean": sum(kept) / len(kept)} if kept else {})
 
 
-def rounding_error(values: Tensor, low: float, high: float) -> float:
-    """Mean squared error of values on an 8-bit grid over [low, high]."""
-    step = max(high - low, 1e-12) / LEVELS
+def rounding_error(values: Tensor, low: float, high: float, levels: int) -> float:
+    """Mean squared error of values on a grid of as many steps over [low, high]."""
+    step = max(high - low, 1e-12) / levels
     rounded = torch.round(values.clamp(low, high) / step) * step
     return float((rounded - values).square().mean())

@@ -14,40 +14,48 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantrack.detector.blocks import INPUT, Block, last_use, network_blocks, run_block
+from quantrack.detector.blocks import (
+    INPUT,
+    Block,
+    Output,
+    each_of,
+    last_use,
+    network_blocks,
+    run_block,
+    tensors_of,
+)
 
 BYTES_PER_GB = 1e9
 Key = tuple[int, int]  # block, batch
 
 
 class ActivationStore:
-    """Tensors by block and batch: up to `memory_gb` in memory, the others on disk."""
+    """Outputs by block and batch: up to `memory_gb` in memory, the others on disk."""
 
     def __init__(self, memory_gb: float) -> None:
         self.room = memory_gb * BYTES_PER_GB
-        self.kept: dict[Key, Tensor] = {}
+        self.kept: dict[Key, Output] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="quantrack-activations-")
 
-    def put(self, key: Key, value: Tensor) -> None:
-        """Keep a tensor; on the CPU, whatever device it came from."""
-        value = value.detach().cpu()
-        size = value.numel() * value.element_size()
+    def put(self, key: Key, value: Output) -> None:
+        """Keep an output; on the CPU, whatever device it came from."""
+        value = each_of(value, lambda one: one.detach().cpu())
+        size = _bytes_of(value)
         if size <= self.room:
             self.room -= size
             self.kept[key] = value
         else:
             torch.save(value, self._path(key))
 
-    def get(self, key: Key) -> Tensor:
-        """The tensor of a key that was put and not dropped."""
+    def get(self, key: Key) -> Output:
+        """The output of a key that was put and not dropped."""
         kept = self.kept.get(key)
         return torch.load(self._path(key), weights_only=True) if kept is None else kept
 
     def drop(self, block: int) -> None:
         """Forget all batches of a block."""
         for key in [key for key in self.kept if key[0] == block]:
-            value = self.kept.pop(key)
-            self.room += value.numel() * value.element_size()
+            self.room += _bytes_of(self.kept.pop(key))
         for path in Path(self.folder.name).glob(f"{block}-*.pt"):
             path.unlink()
 
@@ -58,6 +66,10 @@ class ActivationStore:
 
     def _path(self, key: Key) -> Path:
         return Path(self.folder.name) / f"{key[0]}-{key[1]}.pt"
+
+
+def _bytes_of(output: Output) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors_of(output))
 
 
 class BlockWalk:
@@ -83,13 +95,16 @@ class BlockWalk:
     def __exit__(self, *error: object) -> None:
         self.store.close()
 
-    def inputs(self, block: Block, batch: int) -> list[Tensor]:
+    def inputs(self, block: Block, batch: int) -> list[Output]:
         """What the block takes, for one batch."""
-        return [self.store.get((source, batch)).to(self.device) for source in block.sources]
+        return [self._on_device(source, batch) for source in block.sources]
 
-    def output(self, block: Block, batch: int) -> Tensor:
+    def output(self, block: Block, batch: int) -> Output:
         """A block's output for one batch: after `advance(block)`, while a later block needs it."""
-        return self.store.get((block.index, batch)).to(self.device)
+        return self._on_device(block.index, batch)
+
+    def _on_device(self, block: int, batch: int) -> Output:
+        return each_of(self.store.get((block, batch)), lambda one: one.to(self.device))
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:

@@ -102,7 +102,7 @@ class ChannelEqualization:
         """
         weight = layer.weight.detach().cpu().double()
         grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
-        limit = -weight_range(shaped(channel_bits(layer), layer.groups, -1, 1))[0]
+        limit = torch.as_tensor(-weight_range(shaped(channel_bits(layer), layer.groups, -1, 1))[0]).cpu()
         return LayerError(
             importance=grouped.square().sum(dim=(1, 3, 4)).flatten().numpy(),
             low=-self.reach(-seen.channel_minimum.cpu()).double().numpy(),

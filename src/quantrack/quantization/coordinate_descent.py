@@ -120,7 +120,8 @@ def restoring_gain(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     """
     whole = channel_products(weight, weight, hessian)
     kept = channel_products(weight, rounded, hessian)
-    sound = kept > LEAST_KEPT * whole  # not a channel whose weights were rounded away
+    # not a channel whose weights were rounded away, or that nothing but float32's rounding answers to
+    sound = (whole > 0) & (kept > LEAST_KEPT * whole)
     return torch.where(sound, whole / torch.where(sound, kept, 1), 1)
 
 

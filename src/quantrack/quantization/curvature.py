@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from quantrack.quantization.step_cache import forget_oldest, kept_path, step_key
 from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
+MOST_CATEGORIES = 2**24  # that torch.multinomial draws from; positions of larger inputs are drawn evenly
 ANY_MODE = Scheme("any mode", 8, None)
 KEPT = "kept.json"  # beside the files of a kept walk: how many they are, and the seconds that it took
 
@@ -194,9 +196,10 @@ class _Positions:
         if not self.importance or self.sampling.importance_share == 0:
             return torch.randint(available, (count,), generator=self.generator)
         share = self.sampling.importance_share
-        importance = self.importance[batch][name].flatten()
+        found = self.importance[batch].get(name)  # None of what comes after the raw outputs, such as DFL
+        importance = torch.zeros(1) if found is None else found.flatten()
         total = float(importance.sum())
-        if total == 0:  # nothing that this layer does reaches a detection
+        if total == 0 or available > MOST_CATEGORIES:  # nothing that this layer does reaches a detection
             return torch.randint(available, (count,), generator=self.generator)
         chances = share * importance / total + (1 - share) / available
         return torch.multinomial(chances, count, replacement=True, generator=self.generator)
@@ -206,6 +209,7 @@ class _Positions:
 def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Curvature]:
     """Of the named layers of one block, from one look at all of its input batches."""
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    pictures: Counter[str] = Counter()
     current = 0
 
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -213,9 +217,11 @@ def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positi
         x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
         drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
         columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
-        seen = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
-        before = sums.get(name)
-        sums[name] = seen if before is None else (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
+        means = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
+        inputs_sum, drawn_sum, sum_ = (len(x) * mean for mean in means)  # the last batch may be smaller
+        before = sums.get(name, (0, 0, 0))
+        sums[name] = before[0] + inputs_sum, before[1] + drawn_sum, before[2] + sum_
+        pictures[name] += len(x)
 
     handles = [
         walk.model.get_submodule(name).register_forward_pre_hook(
@@ -229,11 +235,11 @@ def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positi
     finally:
         for handle in handles:
             handle.remove()
-    count = walk.batch_count
-    return {
-        name: Curvature(inputs / count, drawn_mean / count, mean / count, positions.outputs.get(name))
-        for name, (inputs, drawn_mean, mean) in sums.items()
-    }
+    found = {}
+    for name, of in sums.items():
+        inputs, drawn_mean, mean = (one / pictures[name] for one in of)
+        found[name] = Curvature(inputs, drawn_mean, mean, positions.outputs.get(name))
+    return found
 
 
 def layers_at_a_time(layers: Mapping[str, QuantizedConvolution], memory_gb: float) -> Iterator[list[str]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantrack.errors import UsageError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization.coordinate_descent import (
     channel_errors,
     damped,
@@ -224,10 +224,20 @@ def as_equalized(hessian: Tensor, layer: QuantizedConvolution) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessians' inverse, shape [G, D, D]."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    """Upper Cholesky factor of the damped Hessians' inverse, shape [G, D, D].
+
+    Where float32 cannot tell them from singular ones, they are damped ten times as much, as often as needed.
+    """
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
+        if not failed.any():
+            factor: Tensor
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.any():
+                return factor
+        if not hessian.isfinite().all():
+            raise QuantrackError("gptq: inputs of a convolution are not finite on the calibration pictures")
+        damping *= 10
 
 
 def best_of_each(rounded: Tensor, scales: Tensor, errors: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
+from quantrack.progress import say
 from quantrack.quantization.bit_plan import LayerBits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
@@ -38,7 +39,11 @@ class InsertQuantizers:
             raise UsageError(f"activation={self.activation}: unknown; use {known}")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
-        insert_quantizers(job.model, self.plan(job))
+        plan = self.plan(job)
+        if not plan:
+            raise QuantrackError("recipe: no convolution is quantized; give insert_quantizers other float_roles")
+        insert_quantizers(job.model, plan)
+        _say_what_else_stays_float(job.model)
         return {
             "layers": float(len(quantized_layers(job.model))),
             "weight_bits_avg": average_weight_bits(job.model),
@@ -69,6 +74,17 @@ def _planned(model: nn.Module, name: str, bits: LayerBits, activation: str | Non
             f"plan: {name} has {len(bits)} channels there, {own} in the model; run `sensitivity` on this model"
         )
     return LayerPlan(max(bits), activation, bits)
+
+
+def _say_what_else_stays_float(model: nn.Module) -> None:
+    """Layers of kinds that are never quantized, such as a transformer's; they count in no average of bits."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    others = {name: owner for name, owner in owners.items() if not isinstance(owner, nn.Conv2d)}
+    if others:
+        share = sum(weights[name].numel() for name in others) / sum(weight.numel() for weight in weights.values())
+        kinds = ", ".join(sorted({type(owner).__name__ for owner in others.values()}))
+        say(f"{len(others)} layers stay float ({kinds}), {share:.1%} of the weights: only Conv2d is quantized")
 
 
 def average_weight_bits(model: nn.Module) -> float:

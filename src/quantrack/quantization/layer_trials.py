@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantrack.detector.blocks import INPUT, network_blocks, run_block, run_blocks
+from quantrack.detector.blocks import INPUT, Output, network_blocks, run_block, run_blocks
 from quantrack.detector.heads import RawOutputTap, raw_outputs
 from quantrack.progress import track
 from quantrack.quantization.divergence import Divergence, divergence
@@ -47,7 +47,7 @@ def _errors_of_batch(
 ) -> Iterator[tuple[str, K, float]]:
     """Layer, what is tried, and error; only the blocks from the layer's own on are run again."""
     blocks = network_blocks(probe)
-    outputs = {INPUT: batch}
+    outputs: dict[int, Output] = {INPUT: batch}
     for block in blocks:
         outputs[block.index] = run_block(probe, block, [outputs[source] for source in block.sources])
     reference = tap.taken()

@@ -151,12 +151,18 @@ def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
     cannot be made.
 
     Raises:
-        QuantrackError: a convolution's channels are equalized already, so that its weights are not the float ones.
+        QuantrackError: a convolution's channels are equalized already, so that its weights are not the float ones, or
+            it pads with something else than zeros.
     """
     for name, layer_plan in plan.items():
         parent, _, child = name.rpartition(".")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, nn.Conv2d)
+        if convolution.padding_mode != "zeros":
+            raise QuantrackError(
+                f"insert quantizers: {name} pads by {convolution.padding_mode}; only zeros are supported, so leave its "
+                "role float"
+            )
         if getattr(convolution, "input_scale", None) is not None:
             raise QuantrackError(f"insert quantizers: {name}'s channels are equalized already; insert them first, once")
         setattr(model.get_submodule(parent), child, _quantized_twin(convolution, layer_plan))

@@ -12,6 +12,8 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 
+MOST_VALUES = 1_000_000  # of a layer, from all batches together
+
 
 class _Watcher:
     """Running minimum and maximum of each channel of one layer's input, and values drawn from each batch."""
@@ -30,20 +32,20 @@ class _Watcher:
         flat = x.flatten()
         drawn = torch.randint(len(flat), (min(self.values, len(flat)),), generator=self.generator)
         self.drawn.append(flat[drawn.to(flat.device)].cpu())
-        self.channels.append(drawn // x[0, 0].numel() % x.shape[1])
+        self.channels.append((drawn // x[0, 0].numel() % x.shape[1]).to(torch.int16))
 
     def statistics(self, name: str) -> ActivationStatistics:
         low, high = torch.stack(self.lowest).amin(dim=0), torch.stack(self.highest).amax(dim=0)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise QuantrackError(f"{name}: its input is not finite on the calibration pictures; check the weights")
-        return ActivationStatistics(low, high, torch.cat(self.drawn), torch.cat(self.channels))
+        return ActivationStatistics(low, high, torch.cat(self.drawn), torch.cat(self.channels).int())
 
 
 @dataclass(frozen=True)
 class ObserveActivations:
     """One streaming pass; the statistics stay in the job for later steps.
 
-    `values` are drawn from each batch and layer, 4 bytes each; the range is exact.
+    `values` are drawn from each batch and layer, 8 bytes each, and a million of a layer at most; the range is exact.
     """
 
     values: int = 8192
@@ -54,8 +56,9 @@ class ObserveActivations:
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         generator = torch.Generator().manual_seed(job.seed)
+        values = min(self.values, max(1, MOST_VALUES // job.batch_count))
         watchers = {
-            name: (_Watcher(self.values, generator), module)
+            name: (_Watcher(values, generator), module)
             for name, module in job.float_model.named_modules()
             if isinstance(module, nn.Conv2d)
         }

@@ -30,6 +30,7 @@ from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import (
     QuantizedConvolution,
     activation_quantization,
+    layer_plan,
     quantized_input,
     quantized_layers,
     set_activation_range,
@@ -79,7 +80,9 @@ class ActivationRangeSearch:
         Weights do not enter it, so that w4a8 and w8a8 share what is kept, whatever the bit plan, unless channels
         were equalized, which goes by the bits.
         """
-        (key,) = step_keys(replace(job, scheme=INPUTS_ONLY, plan=None), [(self, sorted(ranges.items()))])
+        layers = quantized_layers(job.model)
+        how = [(name, *_equalized_and_kind(layers[name]), ends) for name, ends in sorted(ranges.items())]
+        (key,) = step_keys(replace(job, scheme=INPUTS_ONLY, plan=None), [(self, how)])
         path = kept_path(f"{key}.json", "ranges")
         if path.is_file():
             try:
@@ -133,6 +136,12 @@ def _read(path: Path) -> tuple[Errors, float]:
         name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in kept["errors"].items()
     }
     return errors, float(kept["seconds"])
+
+
+def _equalized_and_kind(layer: QuantizedConvolution) -> tuple[list[float] | None, str | None]:
+    """What beside its range decides how a layer's input is rounded."""
+    divisors = None if layer.input_scale is None else layer.input_scale.tolist()
+    return divisors, layer_plan(layer).activation
 
 
 def outputs_and_features(apart: Divergence) -> Tensor:

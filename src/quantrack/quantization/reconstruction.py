@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from quantrack.detector.blocks import Block, run_block
+from quantrack.detector.blocks import Block, each_of, run_block, tensors_of
 from quantrack.detector.heads import head_levels, raw_outputs
 from quantrack.errors import UsageError
 from quantrack.progress import track
@@ -146,29 +146,36 @@ class _Comparison:
     def drawn(self, count: int, draw: random.Random) -> tuple[int, Tensor]:
         """A batch at random, and that many of its pictures."""
         batch = draw.randrange(self.walk.batch_count)
-        size = len(self.walk.inputs(self.block, batch)[0])
+        size = self.pictures_in(batch)
         return batch, torch.tensor(draw.sample(range(size), min(count, size)))
+
+    def pictures_in(self, batch: int) -> int:
+        """How many pictures a batch has."""
+        return len(tensors_of(self.walk.inputs(self.block, batch)[0])[0])
 
     def loss(self, batch: int, rows: Tensor) -> Tensor:
         """Squared error of the block's output over its variance; of the head, the divergence."""
-        inputs = [kept[rows] for kept in self.walk.inputs(self.block, batch)]
-        float_inputs = [kept[rows] for kept in self.reference.inputs(self.block, batch)]
+        inputs, float_inputs = (
+            [each_of(kept, lambda one: one[rows]) for kept in walk.inputs(self.block, batch)]
+            for walk in (self.walk, self.reference)
+        )
         if self.is_head:
             with raw_outputs(self.twin) as own, raw_outputs(self.job.float_model) as other:
                 run_block(self.twin, self.block, inputs)
                 with torch.no_grad():
                     run_block(self.job.float_model, self.block, float_inputs)
                 return divergence(own.taken(), other.taken()).total(feature_weight=0.0)
-        output = run_block(self.twin, self.block, inputs)
+        outputs = tensors_of(run_block(self.twin, self.block, inputs))
         with torch.no_grad():
-            target = run_block(self.job.float_model, self.block, float_inputs)
-        return mse_loss(output, target) / target.var().clamp_min(1e-12)
+            targets = tensors_of(run_block(self.job.float_model, self.block, float_inputs))
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([mse_loss(own, other) / other.var().clamp_min(1e-12) for own, other in pairs]).mean()
 
     @torch.no_grad()
     def mean_loss(self) -> float:
         """Over all calibration pictures."""
         losses = []
         for batch in range(self.walk.batch_count):
-            size = len(self.walk.inputs(self.block, batch)[0])
+            size = self.pictures_in(batch)
             losses.append(size * float(self.loss(batch, torch.arange(size))))
         return sum(losses) / len(self.job.calibration.paths)

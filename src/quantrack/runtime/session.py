@@ -195,11 +195,12 @@ def open_given(path: Path, provider: str) -> Session:
     shape = list(inputs[0].shape) if inputs else []
     fixed = all(isinstance(side, int) for side in (*shape, *output.shape))
     square = len(shape) == 4 and shape[:2] == [1, 3] and shape[2] == shape[3]
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not fixed or not square:
+    floats = {each.type for each in (*inputs, output)} == {"tensor(float)"}
+    if len(inputs) != 1 or not floats or not fixed or not square:
         taken = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
         raise QuantrackError(
-            f"onnx={path}: takes {taken} and gives {output.shape}; Quantrack runs files of one float32 input "
-            "[1, 3, N, N] and fixed sizes, such as its own: export it without dynamic axes"
+            f"onnx={path}: takes {taken} and gives {output.type} {output.shape}; Quantrack runs files of one float32 "
+            "input [1, 3, N, N], a float32 result and fixed sizes, such as its own: export it without dynamic axes"
         )
     return session
 

@@ -8,10 +8,12 @@ import torch
 from brevitas.core.function_wrapper import Identity, TensorClamp
 from brevitas.core.quant import IntQuant
 from recipes import DEFAULT_BY_ROLE
+from torch import Tensor, nn
 
-from quantrack.errors import UsageError
+from quantrack.detector.roles import Role
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization import coordinate_descent, sensitivity
-from quantrack.quantization.activation_ranges import MinMaxActivationRanges
+from quantrack.quantization.activation_ranges import MinMaxActivationRanges, MseActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.coordinate_descent import (
@@ -144,7 +146,7 @@ def test_what_stays_float_is_said(make_job: MakeJob, capsys: pytest.CaptureFixtu
     InsertQuantizers().apply(job)
     assert "stay float" not in capsys.readouterr().err
     job = make_job("w4a8")
-    job.model.transformer = nn.Linear(8, 8)
+    job.float_model.transformer = nn.Linear(8, 8)
     InsertQuantizers().apply(job)
     assert "1 layers stay float (Linear), 1" in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ class InsertQuantizers:
         if not plan:
             raise QuantrackError("recipe: no convolution is quantized; give insert_quantizers other float_roles")
         insert_quantizers(job.model, plan)
-        _say_what_else_stays_float(job.model)
+        _say_what_else_stays_float(job.float_model)
         return {
             "layers": float(len(quantized_layers(job.model))),
             "weight_bits_avg": average_weight_bits(job.model),

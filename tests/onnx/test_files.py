@@ -1,5 +1,7 @@
 """Exported graphs: structure, parity with PyTorch, facts; on architectures with random weights."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from quantrack.detector.load import Detector, load_detector
 from quantrack.errors import QuantrackError
 from quantrack.onnx.export import OPSET
 from quantrack.onnx.files import ExportedFiles, export_float_files, export_quantized_files
-from quantrack.onnx.inspect import ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
+from quantrack.onnx.inspect import FACTS_KEY, ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import QuantizationJob, new_job
 from quantrack.quantization.recipe import RECIPES
@@ -107,6 +109,21 @@ def test_facts_travel_with_the_file(tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2one", SIZE, 0, False)
     files = export_float_files(detector.model, facts_of(detector, "fp32"), tmp_path)
     assert read_facts(files.plain) == read_facts(files.optimized) == facts_of(detector, "fp32")
+
+
+def test_facts_of_another_version(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Identity", ["images"], ["output0"])
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("images", "output0")]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "graph", ends[:1], ends[1:]))
+    path = tmp_path / "model.onnx"
+    facts = ModelFacts("small", "0" * 64, "one2one", SIZE, "w4a8", "default", ("a",))
+    onnx.helper.set_model_props(model, {FACTS_KEY: json.dumps(asdict(facts) | {"of a later version": 1})})
+    onnx.save(model, str(path))
+    assert read_facts(path) == facts
+    onnx.helper.set_model_props(model, {FACTS_KEY: json.dumps({"model": "small"})})
+    onnx.save(model, str(path))
+    with pytest.raises(QuantrackError, match=r"model.onnx: its `quantrack` cannot be read .*export it again"):
+        read_facts(path)
 
 
 def test_a_vanished_quantizer_is_refused(tmp_path: Path) -> None:

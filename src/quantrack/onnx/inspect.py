@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -189,10 +189,20 @@ def file_facts(path: Path, head: str, imgsz: int) -> ModelFacts:
 
 
 def read_facts(path: Path) -> ModelFacts | None:
-    """The facts of a file that Quantrack wrote; None for any other ONNX file."""
+    """The facts of a file that Quantrack wrote; None for any other ONNX file.
+
+    Raises:
+        QuantrackError: the file is missing or is not ONNX, or another version's facts lack something.
+    """
+    known = {item.name for item in fields(ModelFacts)}
     for entry in load_onnx(path).metadata_props:
         if entry.key == FACTS_KEY:
-            content = json.loads(entry.value)
-            lists = {name: tuple(content.get(name, ())) for name in ("class_names", "category_ids")}
-            return ModelFacts(**(content | lists))
+            try:
+                content = {name: value for name, value in json.loads(entry.value).items() if name in known}
+                lists = {name: tuple(content.get(name, ())) for name in ("class_names", "category_ids")}
+                return ModelFacts(**(content | lists))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise QuantrackError(
+                    f"onnx={path}: its `{FACTS_KEY}` cannot be read ({error}); export it again"
+                ) from error
     return None

@@ -33,7 +33,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
             with told_as("baseline", float_file, float_path):
                 beside = open_given(float_path, settings.provider)
-        else:
+        elif facts.mode != "fp32":
             say("no float32 file is known to time it in turns with; give one by baseline=, or take a run's file")
 
         if settings.tune:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 from ptq import ptq
 
@@ -41,6 +43,7 @@ from quantrack.tracking.training import (
     log_training,
     log_training_inputs,
     new_epoch_log,
+    new_training_folder,
     read_start,
     recorded_settings,
     recorded_start,
@@ -53,13 +56,13 @@ from quantrack.tracking.training import (
 def qat(settings: QatSettings) -> None:
     """Train a quantized detector on labelled pictures, export it as QCDQ ONNX, and prove it as `ptq` does."""
     if not settings.resume:
-        return train_and_prove(settings)
+        return train_and_prove(settings, new_training_folder())
     run = run_to_resume(settings)
-    with resumed_run(run):
-        train_and_prove(parse_settings(QatSettings, recorded_settings(run)))
+    with training_folder(run.info.run_id) as folder, resumed_run(run):  # ours before anything is changed of the run
+        train_and_prove(parse_settings(QatSettings, recorded_settings(run)), nullcontext(folder))
 
 
-def train_and_prove(settings: QatSettings) -> None:
+def train_and_prove(settings: QatSettings, own_folder: AbstractContextManager[Path]) -> None:
     """The whole work within the active run; what an earlier process of the run has done is not done again."""
     scheme, device = parse_mode(settings.mode), resolve_device(settings.device)
     if settings.require_gpu:
@@ -77,7 +80,7 @@ def train_and_prove(settings: QatSettings) -> None:
     log_inputs(evaluation_set, calibration)
     log_training_inputs(pictures)
 
-    with training_folder() as folder:
+    with own_folder as folder:
         start = starting_run(settings, detector, evaluation_set, calibration)
         job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
         job.model = read_quantized(start_state(start, settings, detector, calibration, folder), job.float_model)

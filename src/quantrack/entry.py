@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -22,6 +24,7 @@ from quantrack.tracking.run import tracked_run
 S = TypeVar("S")
 INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+TOGETHER = 5.0  # seconds
 
 
 def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], None]) -> None:
@@ -30,8 +33,6 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     Exits with 2 for a refused setting, 1 for a failure and 130 when interrupted; each time the user
     sees one line, and the run carries it as the tag `failure_reason`.
     """
-    for number in INTERRUPTS:
-        signal.signal(number, _interrupt)
     keep_freed_memory()
 
     def command(**by_field: str) -> None:
@@ -43,10 +44,11 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     stranger = _unknown_option(sys.argv[1:], settings_type)
-    if stranger is None:
-        app()
-    else:
-        _run(name, {}, lambda: _refuse(f"{stranger}: unknown option; --help lists those of {name}"))
+    with _interruptible():
+        if stranger is None:
+            app()
+        else:
+            _run(name, {}, lambda: _refuse(f"{stranger}: unknown option; --help lists those of {name}"))
 
 
 def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
@@ -107,8 +109,29 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """Interrupt once: a second signal, which `mlflow run` sends after Ctrl-C, would come amid the run's ending."""
-    for number in INTERRUPTS:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Interrupts:
+    """One interrupt for signals that come together: `mlflow run` sends its own after Ctrl-C, amid the run's ending."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self.last > TOGETHER:
+            self.last = now
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and `kill` interrupt, unless whoever started this process has it ignore them, as `nohup` does."""
+    interrupts = _Interrupts()
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    try:
+        for number in heeded:
+            signal.signal(number, interrupts)
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])

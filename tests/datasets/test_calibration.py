@@ -26,6 +26,12 @@ def test_a_line_is_found_where_it_was_fetched_to(coco_root: Path, tmp_path: Path
     assert [path.name for path in chosen.paths] == ["000000000010.jpg", "000000000030.jpg"]
 
 
+def test_two_lines_do_not_lead_to_one_picture_of_the_same_name(coco_root: Path, tmp_path: Path) -> None:
+    listed = write_list(tmp_path / "list.txt", "site_a/000000000010.jpg", "site_b/000000000010.jpg")
+    with pytest.raises(QuantrackError, match=r"site_a/.* and site_b/.* both lead to .*train2017/000000000010.jpg"):
+        load_calibration_set(listed, 0, coco_root, seed=0)
+
+
 def test_random_draw_is_seeded(coco_root: Path) -> None:
     first = load_calibration_set("random", 2, coco_root, seed=1)
     assert first == load_calibration_set("random", 2, coco_root, seed=1)

@@ -442,6 +442,15 @@ def test_build_from_a_copy_all(server: Server, coco_root: Path, tmp_path: Path) 
     assert build_from_source(wanted(server, tmp_path, images="all"), coco_root).downloaded == 8
 
 
+def test_build_from_a_copy_of_other_formats(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    import cv2
+
+    picture = cv2.imread(str(coco_root / "train2017/000000000010.jpg"))
+    for suffix in (".png", ".bmp", ".webp", ".JPG"):
+        cv2.imwrite(str(coco_root / f"train2017/other{suffix}"), picture)
+    assert build_from_source(wanted(server, tmp_path, images="all"), coco_root).downloaded == 12
+
+
 def test_build_from_a_copy_made_of_links(server: Server, coco_root: Path, tmp_path: Path) -> None:
     picture = coco_root / "val2017/000000000010.jpg"
     picture.rename(coco_root / "real.jpg")

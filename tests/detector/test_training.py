@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -61,6 +62,29 @@ def test_both_heads_reach_the_backbone_and_learn(job: TrainingJob) -> None:
     assert before
     moved = zip(before, job.student.auxiliary_parameters, strict=True)
     assert any(not torch.equal(old, new) for old, new in moved)
+
+
+def test_the_heads_weigh_as_at_the_end_of_a_detectors_training(job: TrainingJob) -> None:
+    job.student.args = SimpleNamespace(epochs=10, box=7.5, cls=0.5, dfl=1.5)
+    loss = job.student.new_criterion()
+    for _ in range(3):
+        assert (loss.o2m, loss.o2o) == (pytest.approx(0.1), pytest.approx(0.9))
+        loss.update()
+
+
+def test_only_what_is_learned_counts_in_the_clipped_norm(job: TrainingJob) -> None:
+    job.student.requires_grad_(True)
+    first, *others = job.student.parameters()
+    kind = type("OfOneJob", (FineTuning,), {"job": replace(job, groups=lambda student: [{"params": [first]}])})
+    kind.build_optimizer(object.__new__(kind), job.student)
+    assert first.requires_grad
+    assert not any(parameter.requires_grad for parameter in others)
+
+
+def test_what_another_version_has_trained_is_refused(job: TrainingJob) -> None:
+    torch.save({"student": {"units": torch.zeros(1)}, "finished": False}, job.last)
+    with pytest.raises(QuantrackError, match=r"last.pt: was trained by another version of Quantrack"):
+        train(job)
 
 
 def test_collapse_ends_the_training_and_keeps_the_best(job: TrainingJob) -> None:

@@ -136,8 +136,12 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, 
           wanted[2] ? on_device(of_bias) : Tensor()};
 }
 
-// All other operators: on the CPU, once their operands lie on one device. Numbers of no dimension and indices may not.
+// All other operators: on the CPU, once their operands lie on one device. Numbers of no dimension, and the list of indices
+// that indexing takes, may lie elsewhere.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& name = op.schema().name();
+  const bool indexing = name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" ||
+                        name == "aten::_index_put_impl_";
   bool here = false, elsewhere = false, generator = false;
   const auto look = [&](const Tensor& x) {
     if (!x.defined()) return;
@@ -146,13 +150,11 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (value.isTensor()) look(value.toTensor());
     generator |= value.isGenerator();
-    if (value.isList())
+    if (value.isList() && !indexing)
       for (const at::IValue& item : value.toListRef())
         if (item.isTensor()) look(item.toTensor());
   }
-  const auto& name = op.schema().name();
-  const bool indexing = name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index", 0) == 0;
-  TORCH_CHECK(!here || !elsewhere || indexing, "two devices: ", name);
+  TORCH_CHECK(!here || !elsewhere, "two devices: ", name);
   TORCH_CHECK(!here || !generator, "the CPU's generator for another device: ", name);
   at::native::cpu_fallback(op, stack);
 }

@@ -10,14 +10,19 @@ import torch
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.demo import demo_folder
 from quantrack.detector.load import load_auxiliary_head, load_detector
+from quantrack.quantization.activation_ranges import MseActivationRanges, PercentileActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.distillation import Distillation
+from quantrack.quantization.gptq import Gptq
+from quantrack.quantization.insert import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, Step, new_job
+from quantrack.quantization.observe import ObserveActivations
 from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.qat import Qat, new_student, take_over_student
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
 from quantrack.quantization.reconstruction import BlockReconstruction
+from quantrack.quantization.weight_scales import MinMaxWeightScales, PercentileWeightScales
 from quantrack.schemes import parse_mode
 
 SMALL = str(Path(__file__).parents[1] / "small/small.pt")
@@ -73,9 +78,14 @@ def train_once(job: QuantizationJob) -> None:
 
 def main() -> None:
     device = load(sys.argv[1])
+    others = (
+        InsertQuantizers(activation="symmetric"), ObserveActivations(), MinMaxWeightScales(), PercentileWeightScales(),
+        PercentileActivationRanges(), MseActivationRanges(), Gptq(inputs="quantized", fit_pairs=True), BiasCorrection(),
+    )  # fmt: skip
     recipes: list[tuple[str, tuple[Step, ...]]] = [
         ("w4a8", RECIPES["default"]),
         ("w4a16", RECIPES["best"]),
+        ("w8a8", others),
         ("w8a8", (*RECIPES["fast"], FitPairSums(), BiasCorrection())),
         ("w4a8", (*CALIBRATED, BlockReconstruction(iterations=1), Distillation(1, 2, mixed_precision=False))),
     ]

@@ -31,12 +31,12 @@ def device_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-ltorch_cpu",
         "-lc10",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return library
 
 
 def test_all_steps_keep_to_their_device(device_library: Path) -> None:
     command = [sys.executable, str(HERE / "quantize_there.py"), str(device_library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -110,7 +110,8 @@ def test_no_gpu_where_one_is_required(shared_store: Path) -> None:
     assert "error: require_gpu=true: CUDA cannot be used (no CUDA device); use require_gpu=false" in done.stderr
 
 
-def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=["kill", "Ctrl-C"])
+def test_interrupted_run_ends_killed(tmp_path: Path, signals: tuple[signal.Signals, ...]) -> None:
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pipelines/ptq.py"), "--model", SMALL, "--data-root", "demo", "--avg-bits", "0"],
@@ -121,9 +122,9 @@ def test_interrupted_run_ends_killed(tmp_path: Path) -> None:
         if line.startswith("InsertQuantizers"):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # as `mlflow run` does after Ctrl-C, while the run is being ended
+    for number in signals:  # `mlflow run` sends SIGTERM after Ctrl-C, while the run is being ended
+        process.send_signal(number)
+        time.sleep(0.1)
     assert "interrupted" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     use_store(tmp_path)

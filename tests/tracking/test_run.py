@@ -31,6 +31,10 @@ def refuses(*arguments: object, **settings: object) -> None:
     ("error", "told"),
     [
         (mlflow.MlflowException("the server\nis away"), "MLflow at sqlite:///.*: the server is away"),
+        (
+            mlflow.MlflowException("API request to https://me:a/b@host/api failed"),
+            "MLflow at sqlite:///.*: API request to https://host/api failed",
+        ),
         (MemoryError(), "memory ran out .*smaller imgsz"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out .*Tried to allocate 2 GiB"),
         (QuantrackError("broken.jpg: empty"), "broken.jpg: empty"),

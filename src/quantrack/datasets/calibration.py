@@ -60,7 +60,9 @@ def load_calibration_set(calib_list: str, calib_images: int, data_root: Path, se
     else:
         lines = read_list(Path(calib_list))
         _check_count(calib_images, len(lines), calib_list)
-        paths = tuple(_resolve(line, data_root, calib_list) for line in lines[: calib_images or len(lines)])
+        chosen = lines[: calib_images or len(lines)]
+        paths = tuple(_resolve(line, data_root, calib_list) for line in chosen)
+        _require_own_pictures(chosen, paths, calib_list)
     digest = combined_digest(f"{path.name} {file_digest(path)}" for path in paths)
     return CalibrationSet(calib_list, paths, digest)
 
@@ -90,6 +92,17 @@ def _check_count(asked: int, available: int, source: str) -> None:
         raise UsageError(
             f"calib_images={asked}: {source} has only {available} pictures; ask for at most {available}, or 0 for all"
         )
+
+
+def _require_own_pictures(lines: list[str], paths: tuple[Path, ...], calib_list: str) -> None:
+    """Lines of folders that are not here must not lead to one picture of the same name."""
+    line_of: dict[Path, str] = {}
+    for line, path in zip(lines, paths, strict=True):
+        other = line_of.setdefault(path, line)
+        if Path(other).parts[-2:] != Path(line).parts[-2:]:
+            raise QuantrackError(
+                f"{calib_list}: {other} and {line} both lead to {path}; give the folders' own pictures"
+            )
 
 
 def _resolve(line: str, data_root: Path, calib_list: str) -> Path:

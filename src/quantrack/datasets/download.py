@@ -26,7 +26,7 @@ from quantrack.progress import console
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
-PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG")  # by its bytes: a .jpg may hold a PNG
+PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"RIFF")  # by its bytes: a .jpg may hold a PNG
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def train(job: TrainingJob) -> Trained:
     Raises:
         QuantrackError: the trainer fails.
     """
+    _require_same_student(job)
     if not _is_finished(job):
         # a class of its own, so that DDP's processes get the job with it
         kind = type("FineTuningOfOneJob", (FineTuning,), {"job": job})
@@ -167,9 +168,6 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         self.low_scores = kept["low_scores"]
         self.stopper.best_fitness, self.stopper.best_epoch = kept["best_score"], kept["best_epoch"]
         student.criterion = student.new_criterion()
-        if hasattr(student.criterion, "update"):  # the weights of both heads change from epoch to epoch
-            student.criterion.updates = self.start_epoch - 1
-            student.criterion.update()
         say(f"training: going on after epoch {self.start_epoch} of {self.epochs}")
 
     def run_callbacks(self, event: str) -> None:
@@ -306,6 +304,16 @@ def _devices(device: torch.device) -> str:
     if device.index is not None:
         return str(device.index)
     return ",".join(str(index) for index in range(torch.cuda.device_count()))
+
+
+def _require_same_student(job: TrainingJob) -> None:
+    """Check that what is gone on with is of the student that there is now.
+
+    Raises:
+        QuantrackError: another version of Quantrack has trained it.
+    """
+    if job.last.is_file() and _load(job.last)["student"].keys() != job.student.state_dict().keys():
+        raise QuantrackError(f"{job.last}: was trained by another version of Quantrack; start a new qat run")
 
 
 def _is_finished(job: TrainingJob) -> bool:

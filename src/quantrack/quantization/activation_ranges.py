@@ -23,7 +23,7 @@ class MinMaxActivationRanges:
 
     They are wider than what was seen by `margin` over the number of pictures, and twice as wide at most: the fewer
     were seen, the more often others reach further, and where channels are equalized, any of them may be clipped.
-    The network's own input has the range that pictures can have, 0 to 1, whatever was seen.
+    The first convolution's input has the range that pictures can have, 0 to 1, whatever was seen.
     """
 
     margin: float = 0.0

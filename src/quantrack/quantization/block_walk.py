@@ -84,10 +84,14 @@ class BlockWalk:
         self.blocks = network_blocks(model)
         self.last_use = last_use(self.blocks)
         self.store = ActivationStore(memory_gb)
-        self.batch_count = 0
-        for pictures in batches:
-            self.store.put((INPUT, self.batch_count), pictures)
-            self.batch_count += 1
+        self.sizes: list[int] = []  # pictures of each batch
+        for batch, pictures in enumerate(batches):
+            self.store.put((INPUT, batch), pictures)
+            self.sizes.append(len(pictures))
+
+    @property
+    def batch_count(self) -> int:
+        return len(self.sizes)
 
     def __enter__(self) -> BlockWalk:
         return self

@@ -18,8 +18,8 @@ MOST_VALUES = 1_000_000  # of a layer, from all batches together
 class _Watcher:
     """Running minimum and maximum of each channel of one layer's input, and values drawn from each batch."""
 
-    def __init__(self, values: int, generator: torch.Generator) -> None:
-        self.values, self.generator = values, generator
+    def __init__(self, values_per_picture: float, generator: torch.Generator) -> None:
+        self.values_per_picture, self.generator = values_per_picture, generator
         self.lowest: list[Tensor] = []
         self.highest: list[Tensor] = []
         self.drawn: list[Tensor] = []
@@ -30,7 +30,8 @@ class _Watcher:
         self.lowest.append(x.amin(dim=(0, 2, 3)).cpu())
         self.highest.append(x.amax(dim=(0, 2, 3)).cpu())
         flat = x.flatten()
-        drawn = torch.randint(len(flat), (min(self.values, len(flat)),), generator=self.generator)
+        count = max(1, min(round(self.values_per_picture * len(x)), len(flat)))  # fewer of a smaller last batch
+        drawn = torch.randint(len(flat), (count,), generator=self.generator)
         self.drawn.append(flat[drawn.to(flat.device)].cpu())
         self.channels.append((drawn // x[0, 0].numel() % x.shape[1]).to(torch.int16))
 
@@ -45,7 +46,7 @@ class _Watcher:
 class ObserveActivations:
     """One streaming pass; the statistics stay in the job for later steps.
 
-    `values` are drawn from each batch and layer, 8 bytes each, and a million of a layer at most; the range is exact.
+    `values` are drawn from each full batch and layer, 8 bytes each, a million of a layer at most; the range is exact.
     """
 
     values: int = 8192
@@ -58,7 +59,7 @@ class ObserveActivations:
         generator = torch.Generator().manual_seed(job.seed)
         values = min(self.values, max(1, MOST_VALUES // job.batch_count))
         watchers = {
-            name: (_Watcher(values, generator), module)
+            name: (_Watcher(values / job.batch, generator), module)
             for name, module in job.float_model.named_modules()
             if isinstance(module, nn.Conv2d)
         }

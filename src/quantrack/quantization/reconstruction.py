@@ -145,13 +145,9 @@ class _Comparison:
 
     def drawn(self, count: int, draw: random.Random) -> tuple[int, Tensor]:
         """A batch at random, and that many of its pictures."""
-        batch = draw.randrange(self.walk.batch_count)
-        size = self.pictures_in(batch)
+        (batch,) = draw.choices(range(self.walk.batch_count), weights=self.walk.sizes)
+        size = self.walk.sizes[batch]
         return batch, torch.tensor(draw.sample(range(size), min(count, size)))
-
-    def pictures_in(self, batch: int) -> int:
-        """How many pictures a batch has."""
-        return len(tensors_of(self.walk.inputs(self.block, batch)[0])[0])
 
     def loss(self, batch: int, rows: Tensor) -> Tensor:
         """Squared error of the block's output over its variance; of the head, the divergence."""
@@ -175,7 +171,6 @@ class _Comparison:
     def mean_loss(self) -> float:
         """Over all calibration pictures."""
         losses = []
-        for batch in range(self.walk.batch_count):
-            size = self.pictures_in(batch)
+        for batch, size in enumerate(self.walk.sizes):
             losses.append(size * float(self.loss(batch, torch.arange(size))))
         return sum(losses) / len(self.job.calibration.paths)

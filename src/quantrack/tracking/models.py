@@ -17,7 +17,7 @@ from quantrack.errors import QuantrackError
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-from quantrack.tracking.read import find_run
+from quantrack.tracking.read import find_run, without_credentials
 
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -27,7 +27,6 @@ def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_se
 
     One that an earlier, interrupted attempt of the run has logged goes: a run has one model.
     """
-    _delete_models_of_active_run()
     info = Model.log(
         artifact_path=None,
         name=NOT_IN_NAMES.sub("-", name),
@@ -36,15 +35,17 @@ def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_se
         validate_serving_input=False,  # MLflow would load the model again here; it is the file just measured
     )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id, dataset=evaluation_dataset(evaluation_set))
+    _delete_earlier_models(info.model_id)
 
 
-def _delete_models_of_active_run() -> None:
-    active = mlflow.active_run()
-    if active is None:
+def _delete_earlier_models(newest: str | None) -> None:
+    """Of the active run, unless a version was registered from it."""
+    active, client = mlflow.active_run(), mlflow.MlflowClient()
+    if active is None or client.search_model_versions(f"run_id = '{active.info.run_id}'"):
         return
-    client = mlflow.MlflowClient()
     for model in models_of_run(active.info.experiment_id, active.info.run_id):
-        client.delete_logged_model(model.model_id)
+        if model.model_id != newest:
+            client.delete_logged_model(model.model_id)
 
 
 def models_of_run(experiment_id: str, run_id: str) -> list[LoggedModel]:
@@ -70,7 +71,7 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
     except Exception as error:  # stores raise their own kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = without_credentials(" ".join(str(error).split()))[:200]
         raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({reason})") from error
 
 

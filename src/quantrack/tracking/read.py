@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlflow.entities import Run
 from quantrack.errors import QuantrackError
 
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
+CREDENTIALS = re.compile(r"://(?:[^/\s@:]+:[^\s@]*|[^/\s@]+)@")
 
 
 def find_run(run_id: str) -> Run | None:
@@ -42,15 +44,13 @@ def store_address() -> str:
     return without_credentials(str(mlflow.get_tracking_uri()))
 
 
-def without_credentials(address: str) -> str:
-    """An address as it may be shown to everybody.
+def without_credentials(text: str) -> str:
+    """A text without the user and the password of the addresses in it, as it may be shown to everybody.
 
-    >>> without_credentials("postgresql://mlflow:secret@db/mlflow"), without_credentials("sqlite:///mlflow.db")
-    ('postgresql://db/mlflow', 'sqlite:///mlflow.db')
+    >>> without_credentials("no answer from https://me:a/b@host/api"), without_credentials("sqlite:///me@work/mlflow.db")
+    ('no answer from https://host/api', 'sqlite:///me@work/mlflow.db')
     """
-    scheme, separator, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return scheme + separator + host.rpartition("@")[2] + slash + path
+    return CREDENTIALS.sub("://", text)
 
 
 def read_json(run_id: str, name: str) -> Mapping[str, Any]:
@@ -62,7 +62,7 @@ def read_json(run_id: str, name: str) -> Mapping[str, Any]:
     try:
         content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
     except Exception as error:  # stores raise their own kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = without_credentials(" ".join(str(error).split()))[:200]
         raise QuantrackError(f"run {run_id}: {name} cannot be read ({reason}); give a run that logged it") from error
     return content
 

@@ -216,7 +216,7 @@ def open_registry(name: str) -> Iterator[Registry]:
             registry.finish_interrupted()
             yield registry
         except mlflow.MlflowException as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = without_credentials(" ".join(str(error).split()))[:300]
             address = without_credentials(str(mlflow.get_registry_uri()))
             raise QuantrackError(f"name={name}: MLflow at {address}: {reason}") from error
 

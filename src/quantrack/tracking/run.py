@@ -13,7 +13,7 @@ from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 from quantrack.errors import QuantrackError, memory_problem
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
-from quantrack.tracking.read import store_address
+from quantrack.tracking.read import store_address, without_credentials
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
@@ -42,13 +42,7 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
 
 @contextmanager
 def resumed_run(run: Run) -> Iterator[None]:
-    """Go on with a run that has not finished, within the active one.
-
-    Raises:
-        QuantrackError: the run has finished.
-    """
-    if run.info.status == "FINISHED":
-        raise QuantrackError(f"resume={run.info.run_id}: the run has finished; there is nothing to go on with")
+    """Go on with a run that has not finished, within the active one."""
     mlflow.set_tag("resumed_run_id", run.info.run_id)
     mlflow.start_run(run_id=run.info.run_id, nested=True)
     with _ended_as_the_work_ends():
@@ -122,4 +116,4 @@ def _end(status: str, reason: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return without_credentials(" ".join(str(error).split()))[:300]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from quantrack.tracking.read import read_json, require_run
 
 VALIDATION = f"validation/{ACCURACY}"
 START_TAG = "ptq_run_id"
+TRAINED = re.compile("(-qat)+$")  # what trainings add to the name of a start's recipe
 
 
 @dataclass(frozen=True)
@@ -68,50 +70,47 @@ def recorded_start() -> Start | None:
 
 
 @contextmanager
-def training_folder() -> Iterator[Path]:
-    """The folder of the active run's training, on this machine, for one process at a time; removed once all is done.
+def training_folder(run_id: str) -> Iterator[Path]:
+    """The folder of a run's training, on this machine, for one process at a time; removed once all is done.
 
     Raises:
         QuantrackError: another process is using it.
     """
-    active = mlflow.active_run()
-    run_id = active.info.run_id if active else ""
     folder = _folder_of(run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, run_id):
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
         say(f"training in {folder}; if it is interrupted, go on with: mlflow run . -e qat -P resume={run_id}")
         yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_training_folder() -> AbstractContextManager[Path]:
+    """That of the active run, taken when it is entered."""
+    active = mlflow.active_run()
+    return training_folder(active.info.run_id if active else "")
 
 
 def _folder_of(run_id: str) -> Path:
     return cache_folder() / "training" / run_id
 
 
-@contextmanager
-def _locked(folder: Path, run_id: str) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
-        yield
-
-
 def require_training_folder(run: Run) -> None:
-    """Check that a run's training can be gone on with here, before anything is changed of the run.
+    """Check that a run's training can be gone on with here.
 
     Raises:
-        QuantrackError: it is no qat run, its folder is not on this machine, or another process is training it.
+        QuantrackError: it is no qat run, has finished, or its folder is not on this machine.
     """
     if run.data.tags.get("entry_point") != "qat":
         raise QuantrackError(f"resume={run.info.run_id}: not a qat run; give the id of an interrupted qat run")
+    if run.info.status == "FINISHED":
+        raise QuantrackError(f"resume={run.info.run_id}: the run has finished; there is nothing to go on with")
     folder = _folder_of(run.info.run_id)
-    if run.info.status != "FINISHED" and not folder.is_dir():
+    if not folder.is_dir():
         raise QuantrackError(f"resume={run.info.run_id}: {folder} is not on this machine; start a new qat run")
-    if folder.is_dir():
-        with _locked(folder, run.info.run_id):
-            pass
 
 
 def log_training_inputs(pictures: TrainingPictures) -> None:
@@ -156,7 +155,7 @@ def start_state(
             "calib_list, calib_images and, with calib_list=random, seed as that run has them"
         )
     given = Path(settings.recipe).stem
-    if settings.recipe != QatSettings.recipe and given != start.recipe.removesuffix("-qat"):
+    if settings.recipe != QatSettings.recipe and given != TRAINED.sub("", start.recipe):
         raise UsageError(f"from_run={run_id}: was made by recipe {start.recipe}, not {given}; leave recipe out")
     mlflow.set_tag(START_TAG, run_id)
     return fetch(f"runs:/{run_id}/{QUANTIZED_STATE}", "from_run", folder)

@@ -133,5 +133,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, interrupts)
         yield
     finally:
+        # after an interrupt the process ends, and another signal of the same one may still come
+        interrupted = interrupts.last > -math.inf
         for number in heeded:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_IGN if interrupted else before[number])

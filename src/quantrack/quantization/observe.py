@@ -58,8 +58,9 @@ class ObserveActivations:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         generator = torch.Generator().manual_seed(job.seed)
         values = min(self.values, max(1, MOST_VALUES // job.batch_count))
+        full_batch = min(job.batch, len(job.calibration.paths))
         watchers = {
-            name: (_Watcher(values / job.batch, generator), module)
+            name: (_Watcher(values / full_batch, generator), module)
             for name, module in job.float_model.named_modules()
             if isinstance(module, nn.Conv2d)
         }

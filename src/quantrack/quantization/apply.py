@@ -14,7 +14,7 @@ from quantrack.errors import QuantrackError
 from quantrack.progress import say
 from quantrack.quantization.divergence import detection_divergence
 from quantrack.quantization.job import QuantizationJob, Step, StepReport, first_pictures
-from quantrack.quantization.layers import quantized_layers, scales_are_set
+from quantrack.quantization.layers import NOTHING_QUANTIZED, quantized_layers, scales_are_set
 from quantrack.quantization.step_cache import WORTH_SECONDS, restore_step, save_step, step_keys
 
 PROBE_PICTURES = 8
@@ -59,7 +59,7 @@ def require_quantized(model: nn.Module) -> None:
         QuantrackError: no convolution is quantized, or a scale is not set.
     """
     if not quantized_layers(model):
-        raise QuantrackError("recipe: no convolution is quantized; give insert_quantizers other float_roles")
+        raise QuantrackError(NOTHING_QUANTIZED)
     if not scales_are_set(model):
         raise QuantrackError(
             "recipe: not every quantizer has a scale; add steps such as mse_weight_scales and, for INT8 activations, "

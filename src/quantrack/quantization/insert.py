@@ -14,6 +14,7 @@ from quantrack.quantization.bit_plan import LayerBits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     ACTIVATION_QUANTIZERS,
+    NOTHING_QUANTIZED,
     LayerPlan,
     bits_per_channel,
     insert_quantizers,
@@ -41,7 +42,7 @@ class InsertQuantizers:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         plan = self.plan(job)
         if not plan:
-            raise QuantrackError("recipe: no convolution is quantized; give insert_quantizers other float_roles")
+            raise QuantrackError(NOTHING_QUANTIZED)
         insert_quantizers(job.model, plan)
         _say_what_else_stays_float(job.float_model)
         return {

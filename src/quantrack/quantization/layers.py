@@ -144,6 +144,9 @@ class LayerPlan:
     channel_bits: tuple[int, ...] | None = None
 
 
+NOTHING_QUANTIZED = "recipe: no convolution is quantized; give insert_quantizers other float_roles"
+
+
 def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
     """Replace the planned convolutions by Brevitas' quantized ones, in place, scales still unset.
 

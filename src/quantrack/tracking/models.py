@@ -17,7 +17,7 @@ from quantrack.errors import QuantrackError
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-from quantrack.tracking.read import find_run, without_credentials
+from quantrack.tracking.read import find_run, one_line
 
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -71,8 +71,7 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
     except Exception as error:  # stores raise their own kinds
-        reason = without_credentials(" ".join(str(error).split()))[:200]
-        raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({reason})") from error
+        raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)})") from error
 
 
 @contextmanager

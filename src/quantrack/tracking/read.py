@@ -12,6 +12,7 @@ from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
 
+MOST_SAID = 300  # characters of somebody else's message
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
 CREDENTIALS = re.compile(r"://(?:[^/\s@:]+:[^\s@]*|[^/\s@]+)@")
 
@@ -53,6 +54,11 @@ def without_credentials(text: str) -> str:
     return CREDENTIALS.sub("://", text)
 
 
+def one_line(error: Exception) -> str:
+    """What a store or a library says, without line breaks and credentials."""
+    return without_credentials(" ".join(str(error).split()))[:MOST_SAID]
+
+
 def read_json(run_id: str, name: str) -> Mapping[str, Any]:
     """A JSON artifact of a run.
 
@@ -62,8 +68,9 @@ def read_json(run_id: str, name: str) -> Mapping[str, Any]:
     try:
         content: Mapping[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
     except Exception as error:  # stores raise their own kinds
-        reason = without_credentials(" ".join(str(error).split()))[:200]
-        raise QuantrackError(f"run {run_id}: {name} cannot be read ({reason}); give a run that logged it") from error
+        raise QuantrackError(
+            f"run {run_id}: {name} cannot be read ({one_line(error)}); give a run that logged it"
+        ) from error
     return content
 
 

@@ -27,7 +27,7 @@ from quantrack.detector.environment import cache_folder
 from quantrack.errors import QuantrackError
 from quantrack.files import combined_digest
 from quantrack.progress import say
-from quantrack.tracking.read import ABSENT, without_credentials
+from quantrack.tracking.read import ABSENT, one_line, without_credentials
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "quantrack.move"
@@ -216,9 +216,8 @@ def open_registry(name: str) -> Iterator[Registry]:
             registry.finish_interrupted()
             yield registry
         except mlflow.MlflowException as error:
-            reason = without_credentials(" ".join(str(error).split()))[:300]
             address = without_credentials(str(mlflow.get_registry_uri()))
-            raise QuantrackError(f"name={name}: MLflow at {address}: {reason}") from error
+            raise QuantrackError(f"name={name}: MLflow at {address}: {one_line(error)}") from error
 
 
 def _lock(stream: TextIO, name: str) -> None:

@@ -13,7 +13,7 @@ from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 from quantrack.errors import QuantrackError, memory_problem
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
-from quantrack.tracking.read import store_address, without_credentials
+from quantrack.tracking.read import one_line, store_address
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
@@ -79,7 +79,7 @@ def _ended_as_the_work_ends() -> Iterator[None]:
 
 def store_problem(error: mlflow.MlflowException) -> str:
     """What MLflow says, in one line, and where."""
-    return f"MLflow at {store_address()}: {_one_line(error)}"
+    return f"MLflow at {store_address()}: {one_line(error)}"
 
 
 def log_new_parameters(parameters: Mapping[str, str]) -> None:
@@ -113,7 +113,3 @@ def _end(status: str, reason: str) -> None:
             mlflow.end_run(status)
     except mlflow.MlflowException as error:
         say(f"that the run is {status} could not be recorded: {store_problem(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return without_credentials(" ".join(str(error).split()))[:300]

@@ -19,10 +19,10 @@ import mlflow
 import typer
 from accuracy_table import ROOT, add_result
 
+from quantrack.quantization.activation_range_search import ActivationRangeSearch
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.range_search import ActivationRangeSearch
 from quantrack.quantization.recipe import CALIBRATED, RECIPES, Recipe
 
 CALIBRATION = ROOT / "datasets/quantize-calib/quant100.txt"

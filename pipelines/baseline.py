@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import require_same_classes
-from quantrack.runtime.session import require_cuda, resolve_provider
-from quantrack.runtime.variants import tell_of_float16
-from quantrack.settings import BaselineSettings, shared_texts
-from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline, measure_baseline
+from quantrack.runtime.session import require_cuda
+from quantrack.runtime.variants import warn_of_float16
+from quantrack.settings import BaselineSettings
+from quantrack.tracking.baseline import find_or_measure_baseline, measure_baseline
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.record import log_run_digest
-from quantrack.tracking.result import comparison_key, detector_facts
+from quantrack.tracking.run_digest import log_run_digest
 
 
 def baseline(settings: BaselineSettings) -> None:
@@ -27,16 +24,11 @@ def baseline(settings: BaselineSettings) -> None:
     log_settings(settings, f"baseline-{settings.precision}-{detector.name}")
     log_run_digest(settings, detector, evaluation_set, None)
 
-    float32 = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
     reference = None
-    if settings.precision != "fp32":
-        tell_of_float16(settings.provider)
-        key = comparison_key(float32, evaluation_set, resolve_provider(settings.provider))
-        reference = find_or_measure_baseline(
-            detector, float32, evaluation_set, key, shared_texts(settings), settings.latency_runs
-        )
-    facts = replace(float32, mode=settings.precision)
-    _, proof = measure_baseline(detector, facts, evaluation_set, settings.provider, settings.latency_runs, reference)
+    if settings.precision == "fp16":
+        warn_of_float16(settings.provider)
+        reference = find_or_measure_baseline(detector, evaluation_set, BaselineSettings.like(settings))
+    _, proof = measure_baseline(detector, evaluation_set, settings, reference)
     if settings.require_gpu:
         proof.speed.placement.require_gpu()
 

@@ -13,8 +13,8 @@ from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.models import fetch_onnx, float_file_of, told_as
-from quantrack.tracking.result import log_benchmark, log_tuning
+from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, float_file_of
+from quantrack.tracking.result import log_benchmark, log_tuning, resolved_by_file
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
@@ -23,15 +23,15 @@ def benchmark(settings: BenchmarkSettings) -> None:
         require_cuda()
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
-        with told_as("onnx", settings.onnx, path):
+        with errors_in_terms_of("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             facts = file_facts(path, settings.head, session.imgsz)
-        log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
+        log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", resolved_by_file(settings, facts))
         float_file = settings.baseline or float_file_of(settings.onnx)
         beside = None
         if float_file:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")
-            with told_as("baseline", float_file, float_path):
+            with errors_in_terms_of("baseline", float_file, float_path):
                 beside = open_given(float_path, settings.provider)
         elif facts.mode != "fp32":
             say("no float32 file is known to time it in turns with; give one by baseline=, or take a run's file")

@@ -17,8 +17,8 @@ from quantrack.settings import BaselineSettings, CompareSettings, PtqSettings
 from quantrack.tracking.children import Children
 from quantrack.tracking.compare import log_comparison, read_runs
 from quantrack.tracking.log import log_inputs
-from quantrack.tracking.record import run_digest
 from quantrack.tracking.run import name_run
+from quantrack.tracking.run_digest import run_digest
 
 
 def compare(settings: CompareSettings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantrack.datasets.download import DownloadSettings, build_from_source, download_coco
+from quantrack.datasets.download import build_from_source, download_coco
 from quantrack.entry import run_entry_point
 from quantrack.settings import DataSettings
 from quantrack.tracking.log import log_prepared_data
@@ -12,18 +12,10 @@ from quantrack.tracking.log import log_prepared_data
 
 def data(settings: DataSettings) -> None:
     """Fetch annotations and the listed pictures into data_root (official COCO layout); resumes."""
-    wanted = DownloadSettings(
-        data_root=Path(settings.data_root),
-        calib_list=settings.calib_list,
-        calib_images=settings.calib_images,
-        eval_images=settings.eval_images,
-        images=settings.images,
-        base_url=settings.base_url,
-    )
     if settings.source:
-        prepared = build_from_source(wanted, Path(settings.source))
+        prepared = build_from_source(settings.download, Path(settings.source))
     else:
-        prepared = download_coco(wanted)
+        prepared = download_coco(settings.download)
     log_prepared_data(prepared)
 
 

@@ -13,8 +13,8 @@ from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
 from quantrack.tracking.baseline import find_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
-from quantrack.tracking.models import fetch_onnx, told_as
-from quantrack.tracking.result import comparison_key, log_evaluation
+from quantrack.tracking.models import errors_in_terms_of, fetch_onnx
+from quantrack.tracking.result import comparison_key, log_evaluation, resolved_by_file
 
 
 def evaluate(settings: OnnxSettings) -> None:
@@ -24,13 +24,13 @@ def evaluate(settings: OnnxSettings) -> None:
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_onnx(settings.onnx, Path(folder))
-        with told_as("onnx", settings.onnx, path):
+        with errors_in_terms_of("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             require_output(session, settings.head, evaluation_set)
             facts = file_facts(path, settings.head, session.imgsz)
             if facts.class_names:
                 require_same_classes(facts.class_names, evaluation_set, f"onnx={path}")
-        log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", {"imgsz": session.imgsz})
+        log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", resolved_by_file(settings, facts))
         log_inputs(evaluation_set, None)
 
         baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))

@@ -20,7 +20,7 @@ from quantrack.tracking.run import name_run
 
 
 def promote(settings: PromoteSettings) -> None:
-    """Register a ptq run's model and make it champion if every gate holds, or return to the previous one."""
+    """Register a ptq or qat run's model and make it champion if every gate holds, or return to the previous one."""
     name_run(f"{'rollback' if settings.rollback else 'promote'}-{settings.name}")
     with open_registry(settings.name) as registry:
         if settings.rollback:
@@ -35,7 +35,7 @@ def promote_best(settings: PromoteSettings, registry: Registry) -> None:
     require_comparable(candidates, settings.best_by)
     champion = registry.champion()
     verdicts = [judge(candidate, champion, settings.limits) for candidate in candidates]
-    log_verdicts(verdicts, champion, off_gates(champion, settings.limits))
+    log_verdicts(verdicts, champion, off_gates(verdicts[0]))
     best = choose_best(verdicts, settings.best_by)
     if champion is not None and champion.tags.get("model_digest") != best.tags["model_digest"]:
         say(f"{settings.name}: not the checkpoint of the champion, version {champion.version}")

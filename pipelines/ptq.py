@@ -16,7 +16,7 @@ from quantrack.settings import PtqSettings
 from quantrack.tracking.log import log_inputs, log_recipe, log_settings, log_step
 from quantrack.tracking.models import fetch_plan
 from quantrack.tracking.quantized import prove_and_log
-from quantrack.tracking.record import log_run_digest
+from quantrack.tracking.run_digest import log_run_digest
 
 
 def ptq(settings: PtqSettings) -> None:
@@ -32,7 +32,7 @@ def ptq(settings: PtqSettings) -> None:
     )
     detector = load_detector(settings.model, settings.head, settings.imgsz, settings.seed, settings.trust_checkpoint)
     require_same_classes(detector.class_names, evaluation_set, f"model={settings.model}")
-    log_settings(settings, f"ptq-{settings.kind}-{recipe.name}-{detector.name}", {"device": str(device)})
+    log_settings(settings, f"ptq-{settings.mode_and_variant}-{recipe.name}-{detector.name}", {"device": str(device)})
     log_inputs(evaluation_set, calibration)
     log_run_digest(settings, detector, evaluation_set, calibration)
 
@@ -41,7 +41,9 @@ def ptq(settings: PtqSettings) -> None:
     log_recipe(recipe)
     reports = apply_recipe(job, recipe.steps, log_step)
     require_quantized(job.model)
-    prove_and_log(job, detector, evaluation_set, settings, reports, recipe.name, "ptq")
+    proof = prove_and_log(job, detector, evaluation_set, settings, reports, recipe.name)
+    if settings.require_gpu:
+        proof.speed.placement.require_gpu()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from quantrack.progress import say
 from quantrack.quantization.job import new_job
 from quantrack.quantization.sensitivity import (
     MEASURES,
-    LayerTrials,
-    kept_sensitivity,
+    SCORED,
+    SensitivityMeasurement,
+    cached_sensitivity,
+    make_plan,
     measure_score_sensitivity,
-    plan_bits,
 )
 from quantrack.schemes import parse_mode
 from quantrack.settings import SensitivitySettings, parse_plan_bits
@@ -38,15 +39,15 @@ def sensitivity(settings: SensitivitySettings) -> None:
     log_inputs(evaluation_set, calibration)
 
     job = new_job(detector, scheme, calibration, settings.imgsz, device, settings.seed)
-    bits = parse_plan_bits(settings.plan_bits)
-    if settings.measure == "mAP":
+    measurement = SensitivityMeasurement(parse_plan_bits(settings.plan_bits), settings.measure)
+    if settings.measure == SCORED:
         say("measure=mAP: the plan is chosen by the evaluation pictures, on which it will look better than on others")
         score = partial(score_model, evaluation_set=evaluation_set, head=settings.head, imgsz=settings.imgsz)
-        rows, unit = measure_score_sensitivity(job, LayerTrials(bits), score), "mAP50-95 lost"
+        rows = measure_score_sensitivity(job, measurement, score)
     else:
-        rows = kept_sensitivity(job, LayerTrials(bits, settings.measure))
-        unit = MEASURES[settings.measure]
-    log_sensitivity(rows, plan_bits(job, rows, settings.avg_bits, settings.chosen_plan_by), unit)
+        rows = cached_sensitivity(job, measurement)
+    plan = make_plan(job, rows, settings.avg_bits, settings.chosen_plan_by)
+    log_sensitivity(rows, plan, MEASURES[settings.measure])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ FILES_OF_QUICK_RUNS = (
     "test_compare.py", "test_entry_points.py", "test_promote.py", "test_refusals.py", "test_sensitivity.py",
     "test_serving.py",
 )  # fmt: skip
-LONGEST = ("tests/pipelines/test_real.py", QUICK_RUNS, "tests/onnx/test_files.py", "tests/pipelines/test_qat.py")
+LONGEST = (
+    "tests/pipelines/test_real.py",
+    QUICK_RUNS,
+    "tests/onnx/test_exported_files.py",
+    "tests/pipelines/test_qat.py",
+)
 
 
 def pytest_configure() -> None:

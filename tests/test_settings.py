@@ -65,8 +65,8 @@ def test_what_is_not_given_reads_as_nothing():
 
 
 def test_kinds_for_names():
-    assert PtqSettings(mode="w4a8").kind == "w4a8"
-    assert PtqSettings(mode="W4A8", placement="full", weight_storage="int4").kind == "w4a8-full-int4"
+    assert PtqSettings(mode="w4a8").mode_and_variant == "w4a8"
+    assert PtqSettings(mode="W4A8", placement="full", weight_storage="int4").mode_and_variant == "w4a8-full-int4"
 
 
 @pytest.mark.parametrize("other", [{"placement": "full"}, {"weight_storage": "int4"}, {"precision": "fp16"}])

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from quantrack.entry import errors_in_one_line
+from quantrack.entry import exit_on_error
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.decode import NmsSettings
 from quantrack.evaluation.picture_detector import (
@@ -50,7 +50,7 @@ def predict(
 ) -> None:
     """Draw the boxes that a model finds on pictures, and write them to detections.json."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with errors_in_one_line("the pictures drawn so far stay"):
+    with exit_on_error("the pictures drawn so far stay"):
         settings = detection_settings(confidence)
         parse_provider(provider)
         targets = output_paths(images, out)

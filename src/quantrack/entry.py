@@ -37,7 +37,9 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
 
     def command(**by_field: str) -> None:
         texts = {setting_name(item): by_field[item.name] for item in fields(settings_type)}  # type: ignore[arg-type]
-        _run(name, texts, lambda: pipeline(parse_settings(settings_type, texts)))
+        # a run that goes on with another has that one's settings, not the defaults
+        logged = {"resume": texts["resume"]} if texts.get("resume") else texts
+        _run(name, logged, lambda: pipeline(parse_settings(settings_type, texts)))
 
     command.__signature__ = _signature(settings_type)  # type: ignore[attr-defined]
     command.__doc__ = inspect.getdoc(pipeline)
@@ -53,12 +55,12 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
 
 def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
     """Do the work in a tracked run; errors become one line and an exit code."""
-    with errors_in_one_line("what was logged so far stays in the run"), tracked_run(name, texts):
+    with exit_on_error("what was logged so far stays in the run"), tracked_run(name, texts):
         work()
 
 
 @contextmanager
-def errors_in_one_line(when_interrupted: str) -> Iterator[None]:
+def exit_on_error(when_interrupted: str) -> Iterator[None]:
     """Exit with 2 for a refused setting, 1 for a failure and 130 when interrupted; one line says why."""
     try:
         yield
@@ -110,7 +112,7 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
 
 
 class _Interrupts:
-    """One interrupt for signals that come together: `mlflow run` sends its own after Ctrl-C, amid the run's ending."""
+    """One interrupt for signals that come together: after Ctrl-C `mlflow run` sends another, amid the run's ending."""
 
     def __init__(self) -> None:
         self.last = -math.inf

@@ -1,10 +1,14 @@
-"""The two errors a user may see: one line each, naming the input and the fix."""
+"""The errors a user may see: one line each, naming the input and the fix."""
 
 
 class QuantrackError(Exception):
     """Something in the inputs or on the machine stops the work; the program exits with 1."""
 
     exit_code = 1
+
+
+class NotFiniteError(QuantrackError):
+    """A network gives NaN or infinite values."""
 
 
 class UsageError(QuantrackError):

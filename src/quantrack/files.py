@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +78,13 @@ def file_digest(path: Path) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def code_digests(rooms: Sequence[str]) -> list[str]:
+    """The digests of the source files of these rooms, and of `schemes.py`, which all of them use."""
+    package = Path(__file__).parent
+    paths = [path for room in rooms for path in sorted((package / room).glob("*.py"))]
+    return [file_digest(path) for path in (*paths, package / "schemes.py")]
 
 
 def combined_digest(parts: Iterable[str]) -> str:

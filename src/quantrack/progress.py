@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, ProgressColumn
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
@@ -21,14 +21,9 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     )
 
 
-def new_bar() -> Progress:
+def new_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar to be moved by hand; quiet where standard error is not a terminal."""
-    return Progress(console=_console, transient=True, disable=not _console.is_terminal)
-
-
-def console() -> Console:
-    """The console that progress and status lines share."""
-    return _console
+    return Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal)
 
 
 def say(line: str) -> None:

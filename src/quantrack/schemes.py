@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from quantrack.errors import UsageError
 
-LARGEST_PAIR = 128
+HEADS = ONE2ONE, ONE2MANY = "one2one", "one2many"
+"""Which predictions of a detector are exported: one for each object, or many, which NMS then thins out."""
+
+MAX_PAIR_SUM = 128
 """Two neighbouring weights of one sign may sum up to this: times 255 is the most that 16 bits hold."""
 
 

@@ -11,22 +11,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from quantrack.comparison.gates import MORE_IS_BETTER, Limits
 from quantrack.datasets.demo import DEMO, demo_calibration_list, demo_folder
+from quantrack.datasets.download import DownloadSettings
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
 from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
 from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe, recipe_for
+from quantrack.quantization.sensitivity import ESTIMATED, MEASURES
 from quantrack.runtime.session import parse_provider
-from quantrack.schemes import SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
+from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
 
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-HEADS = ("one2one", "one2many")
-MEASURES = ("gradient", "output", "mAP")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = VARIANTS["precision"]
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator, which Ultralytics seeds, takes
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
@@ -53,11 +53,11 @@ class SharedSettings:
     calib_images: int = _setting(100, "Calibration pictures; 0 = all.")
     eval_images: int = _setting(100, "Evaluation pictures, the first by id; 0 = all.")
     imgsz: int = _setting(640, "Side of the square network input in pixels.")
-    head: str = _setting("one2one", "one2one (NMS-free) or one2many (with NMS).")
+    head: str = _setting(ONE2ONE, "one2one (NMS-free) or one2many (with NMS).")
     device: str = _setting("auto", "PyTorch device: auto, cpu or cuda.")
     provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda, cpu or tensorrt.")
     seed: int = _setting(0, "Seed of everything random.")
-    latency_runs: int = _setting(100, "Timed runs.")
+    latency_runs: int = _setting(100, "Timed inference runs for the latency.")
     require_gpu: bool = _setting(False, "Fail unless ONNX Runtime computes everything on CUDA.")
     trust_checkpoint: bool = _setting(False, "Load a checkpoint that the safe loader refuses.")
 
@@ -75,6 +75,10 @@ class SharedSettings:
         for name in ("imgsz", "latency_runs"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value}: must be at least 1")
+
+    def values_of(self, settings_type: type[SharedSettings]) -> dict[str, Any]:
+        """The values of the fields that another type of settings has as well, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(settings_type)}
 
     @property
     def data_folder(self) -> Path:
@@ -100,6 +104,11 @@ class BaselineSettings(SharedSettings):
         known = ", ".join(PRECISIONS)
         _require(self.precision in PRECISIONS, f"precision={self.precision}: unknown precision; use one of {known}")
 
+    @classmethod
+    def like(cls, other: SharedSettings, precision: str = "fp32") -> BaselineSettings:
+        """Those of the float detector that other settings are about."""
+        return cls(**other.values_of(SharedSettings), precision=precision)
+
 
 @dataclass(frozen=True)
 class RecipeSettings(SharedSettings):
@@ -109,8 +118,8 @@ class RecipeSettings(SharedSettings):
     plan: str = _setting("", "Bits of weights: the plan.json of a sensitivity run, a file or runs:/RUN_ID/plan.json.")
     avg_bits: float | None = _setting(
         None,
-        "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best, but for "
-        "weight_storage=int4 as many weights of the most bits as by role.",
+        "Average weight bits to plan for; 0 = bits by role; empty = the recipe's: 4.5 in default and best; with "
+        "weight_storage=int4, as large a file as bits by role make.",
     )
     plan_bits: str = _setting(
         "", "Bits that a plan chooses from; empty = the recipe's: 3,4,5,6,7 in ours, 4,7 for weight_storage=int4."
@@ -141,6 +150,8 @@ class RecipeSettings(SharedSettings):
 @dataclass(frozen=True)
 class PtqSettings(RecipeSettings):
     """Post-training quantization."""
+
+    method: ClassVar[str] = "ptq"
 
     mode: str = _setting("w4a8", "w8a16, w8a8, w4a16 or w4a8.")
 
@@ -199,8 +210,8 @@ class PtqSettings(RecipeSettings):
             ) from error
 
     @property
-    def kind(self) -> str:
-        """Mode, placement and storage as far as they are not the usual ones, for names."""
+    def mode_and_variant(self) -> str:
+        """The mode, and what sets its variant apart from the usual one, for names: `w4a8-full-int4`."""
         return "-".join([self.scheme_name, *variant_words(self.variant_values())])
 
     def _require_variant(self, scheme: Scheme) -> None:
@@ -226,14 +237,16 @@ class PtqSettings(RecipeSettings):
 class QatSettings(PtqSettings):
     """Quantization-aware training, from a PTQ run's plan, scales and weights."""
 
+    method: ClassVar[str] = "qat"
+
     from_run: str = _setting("", "The PTQ run to start from; empty = one of the same settings, found or made.")
     epochs: int = _setting(10, "Epochs to train.")
-    batch: int = _setting(16, "Pictures in a step; on several GPUs, over all of them.")
-    lr0: float = _setting(0.001, "Adam's first rate for weights, in steps of a 4-bit grid.")
-    lr0_scales: float = _setting(0.0003, "Adam's first rate for the scales, relative.")
+    batch: int = _setting(16, "Batch size, over all GPUs together.")
+    lr0: float = _setting(0.001, "Adam's initial learning rate for weights, in steps of a 4-bit grid.")
+    lr0_scales: float = _setting(0.0003, "Adam's initial learning rate for scales, relative.")
     distill_weight: float = _setting(3.0, "Weight of the distance to the float detector; 0 = labels only.")
     train_images: int = _setting(0, "Labelled pictures of train2017, drawn by the seed; 0 = all that are here.")
-    patience: int = _setting(5, "Epochs without a better one that end the training; 0 = any number.")
+    patience: int = _setting(5, "Stop after this many epochs without improvement; 0 = never.")
     amp: bool = _setting(False, "Train in bfloat16.")
     resume: str = _setting("", "Id of an interrupted qat run to go on with; it keeps its own settings.")
 
@@ -256,10 +269,10 @@ class QatSettings(PtqSettings):
     @property
     def ptq(self) -> PtqSettings:
         """The settings of the PTQ run to start from."""
-        return PtqSettings(**{item.name: getattr(self, item.name) for item in fields(PtqSettings)})
+        return PtqSettings(**self.values_of(PtqSettings))
 
     def require_only_resume(self, recorded: Mapping[str, str]) -> None:
-        """Refuse settings that are neither usual nor those of the run to go on with, given as texts.
+        """Refuse a setting that is neither its default nor what the run to go on with recorded, given as texts.
 
         Raises:
             UsageError: one is.
@@ -282,7 +295,8 @@ class CompareSettings(RecipeSettings):
         super().__post_init__()
         if self.runs:
             _require_distinct("runs", self.run_ids)
-            return _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
+            _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
+            return
         _require(bool(self.mode_names), f"modes={self.modes}: names none; give some, as in fp32,w4a8")
         _require_distinct("modes", self.mode_names)
         for mode in self.mode_names:
@@ -303,7 +317,7 @@ class CompareSettings(RecipeSettings):
             UsageError: no such mode, or a setting is refused.
         """
         if mode in PRECISIONS:
-            return BaselineSettings(**self._values_of(SharedSettings), precision=mode)
+            return BaselineSettings.like(self, mode)
         known = (*PRECISIONS, *SCHEMES)
         _require(mode in known, f"modes={mode}: unknown mode; use some of {', '.join(known)}")
         scheme = parse_mode(mode)
@@ -312,10 +326,7 @@ class CompareSettings(RecipeSettings):
             not_for_it |= {"plan": "", "avg_bits": None, "plan_bits": "", "plan_by": "", "weight_storage": "int8"}
         if scheme.activation_bits is None:
             not_for_it |= {"placement": "inputs"}
-        return PtqSettings(**self._values_of(RecipeSettings) | not_for_it, mode=mode)
-
-    def _values_of(self, settings_type: type[SharedSettings]) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in fields(settings_type)}
+        return PtqSettings(**self.values_of(RecipeSettings) | not_for_it, mode=mode)
 
 
 @dataclass(frozen=True)
@@ -344,14 +355,14 @@ class SensitivitySettings(SharedSettings):
         if self.plan_by:
             _require_plan_by(self.plan_by)
         _require(
-            self.plan_by != "channel" or self.measure == "gradient",
+            self.plan_by != "channel" or self.measure == ESTIMATED,
             f"plan_by={self.plan_by}: measure={self.measure} tells nothing of channels; use measure=gradient",
         )
 
     @property
     def chosen_plan_by(self) -> str:
         """`plan_by`, or what it is where nothing is given."""
-        return self.plan_by or ("channel" if self.measure == "gradient" else "layer")
+        return self.plan_by or ("channel" if self.measure == ESTIMATED else "layer")
 
 
 @dataclass(frozen=True)
@@ -389,10 +400,13 @@ class PromoteSettings:
     """A measured run to make champion of a registered model, and the gates that it must pass; or a rollback."""
 
     name: str = _setting("", "Registered model, made if it is not there.")
-    run_id: str = _setting("", "Id of a finished ptq run.")
-    from_run: str = _setting("", "Instead of run_id: a compare run, whose best passing ptq run is taken.", name="from")
+    run_id: str = _setting("", "Id of a finished ptq or qat run.")
+    from_run: str = _setting(
+        "", "Instead of run_id: a compare run, whose best passing ptq or qat run is taken.", name="from"
+    )
     best_by: str = _setting(
-        "mAP50-95", "What the best of them has: the most mAP50-95, least latency_ms_p50 or onnx_mb."
+        "mAP50-95",
+        "What the best of them has: the most mAP50-95, least latency_ms_p50 (in turns with float32) or onnx_mb.",
     )
     to: str = _setting("champion", "champion, or challenger to leave the champion as it is.")
     rollback: bool = _setting(False, "Swap champion and previous instead; takes no run.")
@@ -455,6 +469,19 @@ class DataSettings:
         _require(
             self.data_root != DEMO, "data_root=demo: the embedded demo needs no preparing; name the folder to prepare"
         )
+        _ = self.download  # refuses what it cannot take
+
+    @property
+    def download(self) -> DownloadSettings:
+        """What is to be in `data_root`."""
+        return DownloadSettings(
+            data_root=Path(self.data_root),
+            calib_list=self.calib_list,
+            calib_images=self.calib_images,
+            eval_images=self.eval_images,
+            images=self.images,
+            base_url=self.base_url,
+        )
 
 
 def parse_settings(settings_type: type[T], values: Mapping[str, str]) -> T:
@@ -471,12 +498,6 @@ def parse_settings(settings_type: type[T], values: Mapping[str, str]) -> T:
 def setting_texts(settings: object) -> dict[str, str]:
     """The settings as they are logged: every field as text, booleans in lower case."""
     return {setting_name(item): _text(getattr(settings, item.name)) for item in fields(settings)}  # type: ignore[arg-type]
-
-
-def shared_texts(settings: SharedSettings) -> dict[str, str]:
-    """The settings that every entry point has, as they are logged."""
-    texts = setting_texts(settings)
-    return {setting_name(item): texts[setting_name(item)] for item in fields(SharedSettings)}
 
 
 def default_texts(settings_type: type[object]) -> dict[str, str]:

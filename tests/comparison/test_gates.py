@@ -136,10 +136,12 @@ def test_require_better() -> None:
 
 
 def test_off_gates_are_told() -> None:
-    assert off_gates(None, Limits(max_drop=5, max_parity=0.02)) == (
+    assert off_gates(judge(RUN, None, Limits(max_drop=5, max_parity=0.02))) == (
         "max_latency_ratio", "max_mb", "min_mAP", "same_evaluation", "require_better",
     )  # fmt: skip
-    assert "same_evaluation" not in off_gates(CHAMPION, Limits())
+    assert "same_evaluation" not in off_gates(judge(RUN, CHAMPION, Limits()))
+    every = Limits(5, 1, 10, 0.1, 0.02, same_evaluation=True, require_better=True)
+    assert off_gates(judge(RUN, CHAMPION, every)) == ()
 
 
 def candidates() -> list[MeasuredRun]:
@@ -153,6 +155,15 @@ def test_best_of_several(best_by: str, name: str) -> None:
     verdicts = [judge(run, None, Limits()) for run in candidates()]
     assert choose_best(verdicts, best_by).name == name
     assert choose_best(verdicts[::-1], best_by).name == name
+
+
+def test_latencies_are_ranked_by_what_was_timed_in_turns() -> None:
+    """Where all runs were: a run of a slow hour has more milliseconds than a slower file of a fast one."""
+    ratios = {"ptq": 1.3, "exact": 0.5, "small": 0.7}
+    timed = [replace(run, metrics={**run.metrics, "latency_ratio": ratios[run.name]}) for run in candidates()]
+    assert choose_best([judge(run, None, Limits()) for run in timed], "latency_ms_p50").name == "exact"
+    one_was_not = [*timed[:2], candidates()[2]]
+    assert choose_best([judge(run, None, Limits()) for run in one_was_not], "latency_ms_p50").name == "ptq"
 
 
 def test_the_best_must_pass() -> None:

@@ -230,22 +230,22 @@ def test_offline_names_the_demo(tmp_path: Path) -> None:
 def test_stop_ends_the_tries(server: Server, tmp_path: Path) -> None:
     server.content["/picture.jpg"] = jpg()
     server.faults["/picture.jpg"] = [fails] * 100
-    policy = FetchPolicy(retries=50, timeout=1, backoff=30)
-    threading.Timer(0.2, policy.stop.set).start()
+    policy, stop = FetchPolicy(retries=50, timeout=1, backoff=30), threading.Event()
+    threading.Timer(0.2, stop.set).start()
     start = time.monotonic()
     with pytest.raises(QuantrackError, match="stopped"):
-        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem)
+        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem, stop=stop)
     assert time.monotonic() - start < 5
 
 
 def test_stop_ends_a_slow_body(server: Server, tmp_path: Path) -> None:
     server.content["/picture.jpg"] = jpg()
     server.faults["/picture.jpg"] = [crawls]
-    policy = FetchPolicy(retries=2, timeout=30, backoff=0.01)
-    threading.Timer(0.1, policy.stop.set).start()
+    policy, stop = FetchPolicy(retries=2, timeout=30, backoff=0.01), threading.Event()
+    threading.Timer(0.1, stop.set).start()
     start = time.monotonic()
     with pytest.raises(QuantrackError, match="stopped; what is downloaded stays"):
-        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem)
+        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem, stop=stop)
     assert time.monotonic() - start < 2
     assert (tmp_path / "picture.jpg.part").stat().st_size > 0
 
@@ -312,12 +312,14 @@ def test_interrupt_ends_the_other_threads(coco_server: Server, tmp_path: Path, m
 
     monkeypatch.setattr("quantrack.datasets.download.wait", interrupted)
     coco_server.faults = {name: [crawls] for name in coco_server.content if name.endswith(".jpg")}
-    policy = FetchPolicy(retries=2, timeout=30, backoff=0.01)
+    settings = wanted(coco_server, tmp_path, policy=FetchPolicy(retries=2, timeout=30, backoff=0.01))
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        download_coco(wanted(coco_server, tmp_path, policy=policy))
+        download_coco(settings)
     assert time.monotonic() - start < 3
-    assert not policy.stop.is_set()  # the next call with these settings is not stopped
+    monkeypatch.undo()
+    coco_server.faults = {}
+    assert download_coco(settings).downloaded == 4  # the next call with these settings is not stopped
 
 
 def test_a_random_draw_fetches_what_it_can_draw_from(coco_server: Server, tmp_path: Path) -> None:

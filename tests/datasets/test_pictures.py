@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quantrack.datasets.pictures import letterbox, pictures_in, read_picture
-from quantrack.detector.environment import prepare
+from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quantrack.detector.checkpoint import allowed_classes, load_safely, load_trusting
-from quantrack.detector.environment import prepare
+from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError
 
 
@@ -150,7 +150,7 @@ def test_older_names(tmp_path):
     assert type(load_safely(tmp_path / "old.pt")).__name__ == "DetectionModel"
 
 
-SETTINGS_CODE = "import quantrack.detector.environment as e; e.prepare(); from ultralytics.utils import SETTINGS"
+SETTINGS_CODE = "import quantrack.detector.ultralytics_setup as e; e.prepare(); from ultralytics.utils import SETTINGS"
 
 
 @pytest.mark.parametrize(("exists", "first"), [(True, ""), (False, ""), (True, "import ultralytics; ")])

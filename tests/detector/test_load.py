@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from quantrack.detector.environment import prepare
 from quantrack.detector.load import load_detector
+from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import file_digest
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cloudpickle
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,13 +16,26 @@ from quantrack.detector.load import load_auxiliary_head, load_detector
 from quantrack.detector.student import Student
 from quantrack.detector.training import Epoch, FineTuning, TrainingJob, TrainingSettings, train
 from quantrack.detector.yolo_labels import write_yolo_data
-from quantrack.errors import QuantrackError
+from quantrack.errors import NotFiniteError, QuantrackError
 
 
 def scores(*values: float) -> Callable[[nn.Module], float]:
     """A validation that gives these, one after the other."""
     following: Iterator[float] = iter(values)
     return lambda network: next(following)
+
+
+def scores_then(error: BaseException, *values: float) -> Callable[[nn.Module], float]:
+    """A validation that gives these, and then fails."""
+    following: Iterator[float] = iter(values)
+
+    def validate(network: nn.Module) -> float:
+        score = next(following, None)
+        if score is None:
+            raise error
+        return score
+
+    return validate
 
 
 def groups(student: Student) -> list[dict[str, object]]:
@@ -43,7 +58,10 @@ def test_the_best_epoch_is_kept(job: TrainingJob) -> None:
     trained = train(replace(job, validate=scores(0.5, 0.4, 0.6, 0.5, 0.55), on_epoch=seen.append))
     assert (trained.best_epoch, trained.best_score, trained.epochs, trained.stopped) == (2, 0.6, 4, "")
     assert [epoch.number for epoch in seen] == [0, 1, 2, 3, 4]
-    assert {"box_loss", "cls_loss", "dfl_loss"} == seen[1].losses.keys()
+    assert {"box_loss", "cls_loss", "dfl_loss", "one2many_loss", "total_loss"} == seen[1].losses.keys()
+    losses = seen[1].losses
+    one2one = losses["box_loss"] + losses["cls_loss"] + losses["dfl_loss"]
+    assert losses["total_loss"] == pytest.approx(0.9 * one2one + losses["one2many_loss"], rel=1e-4)
     assert seen[4].rates["weights"] < seen[1].rates["weights"]
     kept = torch.load(job.best, weights_only=True)["ema"]
     assert all(torch.equal(value, kept[name]) for name, value in job.student.state_dict().items())
@@ -67,9 +85,8 @@ def test_both_heads_reach_the_backbone_and_learn(job: TrainingJob) -> None:
 def test_the_heads_weigh_as_at_the_end_of_a_detectors_training(job: TrainingJob) -> None:
     job.student.args = SimpleNamespace(epochs=10, box=7.5, cls=0.5, dfl=1.5)
     loss = job.student.new_criterion()
-    for _ in range(3):
-        assert (loss.o2m, loss.o2o) == (pytest.approx(0.1), pytest.approx(0.9))
-        loss.update()
+    assert (loss.one2many_share, loss.one2one_share) == (pytest.approx(0.1), pytest.approx(0.9))
+    assert not hasattr(loss, "update")  # by which the trainer would move them
 
 
 def test_only_what_is_learned_counts_in_the_clipped_norm(job: TrainingJob) -> None:
@@ -106,6 +123,43 @@ def test_patience(job: TrainingJob) -> None:
     patient = replace(job, settings=replace(job.settings, patience=1))
     trained = train(replace(patient, validate=scores(0.5, 0.6, 0.55)))
     assert trained.stopped == "no better epoch after epoch 1 for 1 epochs"
+
+
+def test_patience_counts_from_the_best_trained_epoch_also_after_a_kill(job: TrainingJob) -> None:
+    """The start is better than all of them, as it may be after a good calibration."""
+    patient = replace(job, settings=replace(job.settings, patience=2))
+    start = {name: value.clone() for name, value in job.student.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(patient, validate=scores_then(KeyboardInterrupt(), 0.5, 0.3, 0.31)))
+    assert torch.load(job.last, weights_only=True)["epoch"] == 2
+    job.student.load_state_dict(start)
+    trained = train(replace(patient, validate=scores(0.32, 0.33)))
+    assert (trained.best_epoch, trained.epochs, trained.stopped) == (0, 4, "")
+
+
+def test_weights_that_the_last_step_broke_end_the_training(job: TrainingJob) -> None:
+    trained = train(replace(job, validate=scores_then(NotFiniteError("picture 7: NaN"), 0.5, 0.6)))
+    assert (trained.best_epoch, trained.best_score, trained.epochs) == (1, 0.6, 1)
+    assert trained.stopped == "what the detector gives after epoch 2 is not finite; lower lr0"
+
+
+def test_training_takes_the_threads_that_there_are(job: TrainingJob) -> None:
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        train(replace(job, validate=lambda network: seen.append(torch.get_num_threads()) or 0.5))
+        assert set(seen) == {3}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_picture_that_ultralytics_would_leave_out_is_named(job: TrainingJob) -> None:
+    picture = sorted((job.folder / "images/train").iterdir())[1]
+    picture.unlink()
+    cv2.imwrite(str(picture), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(QuantrackError, match=rf"1 of 7 pictures cannot be trained on, {picture.name} first"):
+        train(job)
 
 
 def test_failures_of_the_trainer_are_one_line(job: TrainingJob) -> None:

@@ -8,7 +8,7 @@ from quantrack.datasets.calibration import CalibrationSet, load_calibration_set
 from quantrack.datasets.demo import demo_calibration_list, demo_folder
 from quantrack.detector.load import load_detector
 from quantrack.detector.roles import Role, convolution_roles
-from quantrack.onnx.files import ExportedFiles, export_quantized_files
+from quantrack.onnx.exported_files import ExportedFiles, export_quantized_files
 from quantrack.onnx.inspect import ModelFacts
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bit_plan import BitPlan

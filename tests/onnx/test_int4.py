@@ -6,14 +6,14 @@ import pytest
 
 from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
-from quantrack.onnx.files import pack_weights
+from quantrack.onnx.exported_files import pack_weights
 from quantrack.onnx.float_silu import SILU
 from quantrack.onnx.full_placement import observable_tensors, place_everywhere
 from quantrack.onnx.inspect import read_facts, sums_can_saturate
 from quantrack.onnx.int4 import store_as_int4
-from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import require_same_outputs
 from quantrack.runtime.session import open_session
+from quantrack.runtime.tensor_ranges import observe_tensors
 
 
 def packed_tensors(path: Path) -> list[onnx.TensorProto]:

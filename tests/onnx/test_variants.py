@@ -8,13 +8,13 @@ import pytest
 
 from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
-from quantrack.onnx.files import for_tensorrt, in_float16
+from quantrack.onnx.exported_files import for_tensorrt, in_float16
 from quantrack.onnx.tensorrt import require_tensorrt_ready
+from quantrack.quantization.activation_range_search import ActivationRangeSearch
 from quantrack.quantization.channel_equalization import ChannelEqualization
+from quantrack.quantization.fit_pair_sums import FitPairSums
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.insert import InsertQuantizers
-from quantrack.quantization.pair_sums import FitPairSums
-from quantrack.quantization.range_search import ActivationRangeSearch
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
 from quantrack.runtime.parity import measure_parity
 from quantrack.runtime.session import open_session

@@ -13,15 +13,15 @@ from quantrack.detector.load import load_auxiliary_head, load_detector
 from quantrack.quantization.activation_ranges import MseActivationRanges, PercentileActivationRanges
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.block_reconstruction import BlockReconstruction
 from quantrack.quantization.distillation import Distillation
+from quantrack.quantization.fit_pair_sums import FitPairSums
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, Step, new_job
-from quantrack.quantization.observe import ObserveActivations
-from quantrack.quantization.pair_sums import FitPairSums
+from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.qat import Qat, new_student, take_over_student
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
-from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.weight_scales import MinMaxWeightScales, PercentileWeightScales
 from quantrack.schemes import parse_mode
 

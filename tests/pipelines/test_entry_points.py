@@ -124,6 +124,13 @@ def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_sto
     assert "parity_mean_abs" not in scored.data.metrics
 
 
+def test_evaluate_refuses_another_input_size(ptq_run: Run, shared_store: Path) -> None:
+    uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
+    done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", uri, "--imgsz", "256")
+    assert done.returncode == 2
+    assert f"imgsz=256: {uri} takes 320; leave imgsz out" in done.stderr
+
+
 def test_evaluate_refuses_the_other_head(ptq_run: Run, shared_store: Path) -> None:
     uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
     done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", uri, "--head", "one2many")
@@ -137,6 +144,10 @@ def test_benchmark_measures_speed_only(ptq_run: Run, shared_store: Path) -> None
     assert done.returncode == 0, done.stderr
     timed = named(shared_store, "benchmark-w4a8-small")
     assert timed.data.metrics["latency_ms_p50"] > 0
+    assert (timed.data.params["model_resolved"], timed.data.params["imgsz_resolved"]) == ("small", "320")
+    session = json.loads(mlflow.artifacts.load_text(f"runs:/{timed.info.run_id}/session.json"))
+    assert (session["optimization"], session["fold_weights"]) == ("all", True)
+    assert session["threads"] >= 1
     assert "mAP50-95" not in timed.data.metrics
     # in turns with the float32 file of the run behind the address
     assert timed.data.metrics["latency_ratio"] > 0

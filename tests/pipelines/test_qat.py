@@ -83,6 +83,10 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(store: Path, whole: Ru
     use_store(store)
     resumed = mlflow.get_run(killed.info.run_id)
     assert resumed.info.status == "FINISHED"
+    resuming = f"tags.resumed_run_id = '{killed.info.run_id}'"
+    (going_on,) = mlflow.search_runs(filter_string=resuming, output_format="list")
+    assert going_on.data.params == {"resume": killed.info.run_id}  # the other run's settings are not the defaults
+    assert going_on.info.run_name == f"resume-{killed.info.run_name}"
     assert lasting(resumed) == lasting(whole)
     assert not folder.exists()
 

@@ -22,10 +22,12 @@ from quantrack.detector.heads import RawOutputs, head_levels, raw_outputs
 from quantrack.detector.load import Detector, load_detector
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
-from quantrack.quantization import range_search
+from quantrack.quantization import activation_range_search
+from quantrack.quantization.activation_range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.apply import apply_recipe, float_probe, output_divergence
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.bit_plan import BitPlan
+from quantrack.quantization.block_reconstruction import BlockReconstruction
 from quantrack.quantization.block_walk import ActivationStore, BlockWalk
 from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.distillation import Distillation
@@ -33,8 +35,8 @@ from quantrack.quantization.divergence import detection_divergence, divergence
 from quantrack.quantization.gptq import Gptq, channel_errors, grouped
 from quantrack.quantization.gradient_sensitivity import LayerChange, gradient_errors
 from quantrack.quantization.input_columns import input_columns
-from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
-from quantrack.quantization.job import KeptTime, QuantizationJob, Step, first_pictures, new_job
+from quantrack.quantization.insert_quantizers import InsertQuantizers, average_stored_bits, average_weight_bits
+from quantrack.quantization.job import CachedTime, QuantizationJob, Step, first_pictures, new_job
 from quantrack.quantization.layers import (
     activation_quantization,
     bits_per_channel,
@@ -47,13 +49,11 @@ from quantrack.quantization.layers import (
     weight_scale,
 )
 from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
-from quantrack.quantization.range_search import ActivationRangeSearch, range_of
 from quantrack.quantization.recipe import CALIBRATED, RECIPES
-from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.sensitivity import (
-    LayerTrials,
-    kept_sensitivity,
-    plan_bits,
+    SensitivityMeasurement,
+    cached_sensitivity,
+    make_plan,
 )
 from quantrack.quantization.state import model_of_state, model_state
 from quantrack.quantization.step_cache import save_step, step_keys
@@ -217,7 +217,7 @@ def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(
     search = ActivationRangeSearch(least_share=0.03, images=2)
     search.apply(job)
     with monkeypatch.context() as patch:
-        patch.setattr(range_search, "trial_errors", lambda *arguments: pytest.fail("measured again"))
+        patch.setattr(activation_range_search, "trial_errors", lambda *arguments: pytest.fail("measured again"))
         search.apply(other)
     ranges, others = ({n: range_of(layer) for n, layer in quantized_layers(j.model).items()} for j in (job, other))
     assert ranges == others
@@ -302,13 +302,13 @@ def test_distillation_needs_a_picture_to_hold_back(job: QuantizationJob) -> None
 def test_sensitivity_measures_every_layer_and_feeds_the_plan(
     job: QuantizationJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trials = LayerTrials(bits=(4, 8), gptq_images=4)
-    rows = kept_sensitivity(job, trials)
-    assert kept_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials) == rows
+    trials = SensitivityMeasurement(bits=(4, 8), gptq_images=4)
+    rows = cached_sensitivity(job, trials)
+    assert cached_sensitivity(replace(job, scheme=parse_mode("w4a16")), trials) == rows
     assert "from the cache" in capsys.readouterr().err
     assert len(rows) == SMALL_LAYERS  # every convolution but DFL's
     assert sum(row.errors[4] for row in rows) > sum(row.errors[8] for row in rows)
-    plan = plan_bits(job, rows, 4.5)
+    plan = make_plan(job, rows, 4.5)
     weights = sum(row.weights for row in rows)
     assert 4.4 < sum(plan.bits[row.name] * row.weights for row in rows) / weights <= 4.5
     planned = replace(job, plan=plan)
@@ -325,7 +325,7 @@ def test_a_planned_recipe_is_found_with_its_plan(job: QuantizationJob) -> None:
     reports = apply_recipe(first, steps)
     assert not reports[0].cached
     assert reports[0].figures["planned_error"] > 0
-    assert first.plan == plan_bits(job, kept_sensitivity(job, LayerTrials(bits=(4, 8))), 4.4, "channel")
+    assert first.plan == make_plan(job, cached_sensitivity(job, SensitivityMeasurement(bits=(4, 8))), 4.4, "channel")
     assert 4.3 < average_weight_bits(first.model) <= 4.4
     save_step(step_keys(job, steps)[-1], first, reports)  # they took too little time to be kept by themselves
     again = replace(job, model=copy.deepcopy(job.float_model))
@@ -358,7 +358,7 @@ def test_a_plan_and_gptq_count_their_walk_once(
 
     def seconds() -> tuple[float, float]:
         """Of planning, and of GPTQ, in a run of their own."""
-        own = replace(job, model=copy.deepcopy(job.float_model), kept_time=KeptTime())
+        own = replace(job, model=copy.deepcopy(job.float_model), cached_time=CachedTime())
         reports = apply_recipe(own, (PlanBits(bits=(4, 8)), InsertQuantizers(), MseWeightScales(), Gptq()))
         return reports[0].seconds, reports[-1].seconds
 
@@ -375,9 +375,9 @@ def test_a_plan_and_gptq_count_their_walk_once(
 
 
 def test_channels_keep_to_bits_of_their_own(job: QuantizationJob) -> None:
-    rows = kept_sensitivity(job, LayerTrials(bits=(4, 8), gptq_images=4))
-    plan = plan_bits(job, rows, 4.5, "channel")
-    by_layer = plan_bits(job, rows, 4.5)
+    rows = cached_sensitivity(job, SensitivityMeasurement(bits=(4, 8), gptq_images=4))
+    plan = make_plan(job, rows, 4.5, "channel")
+    by_layer = make_plan(job, rows, 4.5)
     weights = sum(row.weights for row in rows)
     assert 4.49 < sum(plan.average(row.name) * row.weights for row in rows) / weights <= 4.5
     assert all(isinstance(plan.bits[row.name], int) == (row.role is Role.HEAD_OUTPUT) for row in rows)
@@ -453,7 +453,7 @@ def test_estimated_error_is_quadratic_and_counts_mean_outputs_as_restored(job: Q
 @pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}, {"measure": "mAP"}])
 def test_trials_refuse_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
-        LayerTrials(**settings)  # type: ignore[arg-type]
+        SensitivityMeasurement(**settings)  # type: ignore[arg-type]
 
 
 def test_gptq_is_as_good_as_brevitas_own_at_a_fraction_of_its_passes(job: QuantizationJob) -> None:

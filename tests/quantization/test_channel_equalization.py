@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.optimize import approx_fprime
 from torch import nn
+from weights import effective_weight
 
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization.activation_ranges import MinMaxActivationRanges
@@ -19,17 +20,16 @@ from quantrack.quantization.channel_equalization import (
     require_scales_of_tensors,
 )
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import (
-    effective_weight,
     equalize,
     equalized_weight,
     of_weight_columns,
     quantized_input,
     quantized_layers,
 )
-from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.state import model_of_state, model_state
 from quantrack.quantization.trainable import trainable_layers, trainable_twin
 from quantrack.quantization.weight_scales import MseWeightScales

@@ -10,7 +10,7 @@ from recipes import DEFAULT_BY_ROLE
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.quantization.apply import apply_recipe, require_quantized
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.plan_bits import FOR_INT4
 from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe
@@ -159,7 +159,7 @@ def test_a_broken_cache_file_is_done_again(make_job: MakeJob) -> None:
     InsertQuantizers().apply(job)
     save_step(key, job, [])
     assert restore_step(key, make_job("w4a8")) == []
-    from quantrack.detector.environment import cache_folder
+    from quantrack.cache import cache_folder
 
     path = cache_folder() / f"steps/{key}.pt"
     path.write_bytes(path.read_bytes()[:100])

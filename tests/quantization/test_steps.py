@@ -9,6 +9,7 @@ from brevitas.core.function_wrapper import Identity, TensorClamp
 from brevitas.core.quant import IntQuant
 from recipes import DEFAULT_BY_ROLE
 from torch import Tensor, nn
+from weights import effective_weight
 
 from quantrack.detector.roles import Role
 from quantrack.errors import QuantrackError, UsageError
@@ -26,13 +27,12 @@ from quantrack.quantization.coordinate_descent import (
 )
 from quantrack.quantization.curvature import float_curvatures, layers_at_a_time
 from quantrack.quantization.gptq import Gptq, grouped
-from quantrack.quantization.insert import InsertQuantizers, average_stored_bits, average_weight_bits
+from quantrack.quantization.insert_quantizers import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     Clamp,
     QuantizeInPlace,
     activation_quantization,
-    effective_weight,
     fake_quantize,
     quantized_input,
     quantized_layers,
@@ -40,7 +40,7 @@ from quantrack.quantization.layers import (
     weight_bits,
     weight_scale,
 )
-from quantrack.quantization.observe import ObserveActivations
+from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.recipe import parse_recipe
 from quantrack.quantization.sensitivity import rounded_at
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
@@ -70,6 +70,15 @@ def test_roles_decide_the_bits(make_job: MakeJob) -> None:
     expected = (8 * sizes[0] + 8 * sizes[1] + 4 * sizes[2]) / sum(sizes)
     assert average_weight_bits(job.model) == pytest.approx(expected)
     assert average_stored_bits(job.model) == pytest.approx(expected)  # 4 and 8 are what is stored
+
+
+def test_weights_that_stay_float_count_with_their_bits(make_job: MakeJob) -> None:
+    job = make_job("w4a8")
+    apply_recipe(job, (InsertQuantizers(float_roles=(Role.DEPTHWISE,), roles_at_8_bits=()),))
+    sizes = [3 * 8 * 9, 8 * 9, 8 * 6]
+    expected = (4 * (sizes[0] + sizes[2]) + 32 * sizes[1]) / sum(sizes)
+    assert average_weight_bits(job.model) == pytest.approx(expected)
+    assert average_stored_bits(job.model) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("mode", "quantized"), [("w4a16", False), ("w4a8", True)])

@@ -12,6 +12,7 @@ def event(name: str, operator: str, provider: str, duration: int, shape: list[in
 
 
 EVENTS = [
+    event("c1", "Conv", CUDA, 90000, [1, 64, 80, 80]),  # the first run, which prepares others
     event("c1", "Conv", CUDA, 2000, [1, 64, 80, 80]),
     event("c1", "Conv", CUDA, 4000, [1, 64, 80, 80]),
     event("c2", "QLinearConv", CUDA, 500, [1, 64, 80, 80]),
@@ -33,6 +34,10 @@ def test_operators_are_counted_and_timed():
         "nodes_memcpy": 1.0,
     }
     assert placement.record()["operators"][0]["operator"] == "Conv"
+    assert placement.record()["providers"] == [
+        {"provider": CUDA, "nodes": 3, "milliseconds": pytest.approx(3.6)},
+        {"provider": CPU, "nodes": 1, "milliseconds": 0.01},
+    ]
 
 
 def test_shapes_and_indices_may_stay_on_the_host():

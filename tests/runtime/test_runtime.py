@@ -12,9 +12,9 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.onnx.export import export_float
 from quantrack.onnx.inspect import sums_can_saturate
 from quantrack.runtime.exact_sums import sums_are_exact
-from quantrack.runtime.latency import _bind, measure_in_turns, measure_latency
-from quantrack.runtime.load import OtherLoad, peak_memory_mb, watch_other_load
-from quantrack.runtime.parity import match_rows, measure_parity, torch_network
+from quantrack.runtime.latency import _bind, measure_in_turns
+from quantrack.runtime.machine_load import OtherLoad, peak_memory_mb, watch_other_load
+from quantrack.runtime.parity import match_rows, measure_parity, one2many_differences, torch_network
 from quantrack.runtime.placement import measure_placement
 from quantrack.runtime.session import (
     REFERENCE,
@@ -98,7 +98,7 @@ def test_cuda_where_it_is(session: Session) -> None:
     assert "CUDAExecutionProvider" in measure_placement(on_gpu).nodes_by_provider()
     image = np.random.default_rng(0).random((1, 3, 32, 32), dtype=np.float32)
     np.testing.assert_allclose(on_gpu.run(image), session.run(image), atol=1e-2)
-    assert measure_latency(on_gpu, 5).p50 > 0
+    assert measure_in_turns([on_gpu], 5)[0][0].p50 > 0
 
 
 def test_unknown_provider(session: Session) -> None:
@@ -137,11 +137,11 @@ def test_a_file_of_others_is_refused(inputs: dict[str, tuple[int, list[int | str
 
 
 def test_latency_percentiles_are_ordered(session: Session) -> None:
-    latency = measure_latency(session, 20)
+    (latency,), _ = measure_in_turns([session], 20)
     assert 0 < latency.p50 <= latency.p90 <= latency.p99
     assert latency.runs == 20
     with pytest.raises(UsageError, match="latency_runs=0"):
-        measure_latency(session, 0)
+        measure_in_turns([session], 0)
 
 
 def test_few_runs_have_an_interval_of_short_turns_or_none(session: Session) -> None:
@@ -319,10 +319,10 @@ def test_parity_of_the_same_network(net: nn.Module, session: Session) -> None:
     assert parity.max_abs is not None
     assert parity.max_abs < 1e-5
     with torch.no_grad():
-        net[0].bias += 0.5
+        net[0].bias += 5  # so that all positions are detections
     worse = measure_parity(torch_network(net), session, images, "one2many")
     # boxes (4 of 6 rows) count as a fraction of the 32 pixels, scores as they are
-    assert worse.mean_abs == pytest.approx((4 * 0.5 / 32 + 2 * 0.5) / 6, rel=1e-3)
+    assert worse.mean_abs == pytest.approx((4 * 5 / 32 + 2 * 5) / 6, rel=1e-3)
 
 
 def test_rows_are_matched_by_class_and_box_not_by_order() -> None:
@@ -331,3 +331,29 @@ def test_rows_are_matched_by_class_and_box_not_by_order() -> None:
     assert unmatched == 0
     np.testing.assert_array_equal(expected, actual)
     assert match_rows(rows, rows[:1])[2] == 1
+
+
+def test_detections_of_either_side_count() -> None:
+    rows = np.array([[0, 0, 9, 9, 0.9, 1], [50, 50, 60, 60, 0.8, 2], [0, 0, 9, 9, 0.01, 3]], np.float32)
+    invented = rows.copy()
+    invented[2] = 20, 20, 30, 30, 0.7, 4
+    assert match_rows(rows, invented)[2] == 1
+    invented[2, 5] = 3  # a class that the other side has, unseen and elsewhere: a pair that is far apart
+    left, right, unmatched = match_rows(rows, invented)
+    assert unmatched == 0
+    np.testing.assert_allclose(np.abs(left - right).max(axis=0), [20, 20, 21, 21, 0.69], atol=1e-6)
+
+
+def test_one_to_many_parity_is_of_detections_not_of_background() -> None:
+    """With every score at zero nothing is detected, and nearly all of the output is the same."""
+    output = np.zeros((4 + 3, 1000), np.float32)
+    output[:4] = 16
+    output[5, 7] = 0.8
+    silent = output.copy()
+    silent[4:] = 0
+    differences, alone = one2many_differences(output, silent, 32)
+    assert alone == 0
+    assert differences.max() == pytest.approx(0.8)
+    assert differences.mean() == pytest.approx(0.8 / 5)  # of four sides of a box and a score
+    assert one2many_differences(silent, output, 32)[0].mean() == pytest.approx(0.8 / 5)
+    assert one2many_differences(silent, silent, 32)[0].size == 0

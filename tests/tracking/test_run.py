@@ -1,16 +1,21 @@
 """A run ends as its work ends, whatever MLflow answers, and keeps the name that its user gave it."""
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
 from quantrack.tracking import run as runs
 from quantrack.tracking.compare import _made
+from quantrack.tracking.log import log_table
 from quantrack.tracking.read import require_run
-from quantrack.tracking.run import name_run, tracked_run
+from quantrack.tracking.run import name_run, resumed_run, tracked_run
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +87,24 @@ def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_comparison_is_dated_where_quantrack_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantrack.tracking.compare.installed_versions", dict)
     assert "by Quantrack" in _made()
+
+
+def test_a_nested_run_lies_in_its_parents_experiment() -> None:
+    elsewhere = mlflow.create_experiment("elsewhere")
+    parent = mlflow.MlflowClient().create_run(elsewhere)
+    with resumed_within(parent), tracked_run("baseline", {}, nested=True) as child:
+        assert mlflow.get_run(child.info.run_id).info.experiment_id == elsewhere
+
+
+@contextmanager
+def resumed_within(run: Run) -> Iterator[None]:
+    with tracked_run("qat", {}), resumed_run(run):
+        yield
+
+
+def test_a_table_logged_again_replaces_the_first() -> None:
+    with tracked_run("test", {}) as run:
+        log_table({"class": ["cat"], "boxes": [1]}, "classes.json")
+        log_table({"class": ["cat", "dog"], "boxes": [2, 3]}, "classes.json")
+    again = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/classes.json"))
+    assert (again["columns"], again["data"]) == (["class", "boxes"], [["cat", 2], ["dog", 3]])

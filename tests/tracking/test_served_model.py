@@ -21,7 +21,7 @@ from quantrack.datasets.demo import demo_folder
 from quantrack.detector.load import load_detector
 from quantrack.evaluation.measure import detect
 from quantrack.evaluation.types import Detection
-from quantrack.onnx.files import export_float_files
+from quantrack.onnx.exported_files import export_float_files
 from quantrack.runtime.session import open_session
 from quantrack.tracking.detector_flavor import SERVED_CODE
 from quantrack.tracking.models import fetch_onnx, log_model

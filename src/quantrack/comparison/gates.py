@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, LATENCY_RATIO, SIZE, ComparisonKey
+from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, LATENCY_RATIO, SIZE, ComparisonKey, latency_measure
 from quantrack.errors import QuantrackError
 
 DROP_HIGH, PARITY = "mAP50-95_drop_ci_high", "parity_mean_abs"
@@ -58,6 +58,11 @@ class Champion:
 
     version: str
     tags: Mapping[str, str]
+
+
+OPTIONAL_GATES = (
+    "max_drop", "max_latency_ratio", "max_mb", "min_mAP", "max_parity", "same_evaluation", "require_better",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def _contract(run: MeasuredRun) -> GateResult:
 
 def _identity(run: MeasuredRun) -> GateResult:
     lacking = [name for name in IDENTITY if name not in run.tags]
-    text = f"{', '.join(lacking) or 'nothing'} missing, as ptq tags its runs; give a run of ptq"
+    text = f"{', '.join(lacking) or 'nothing'} missing, as ptq and qat tag their runs; give one of theirs"
     return GateResult("tags", ", ".join(lacking), "none missing", not lacking, text)
 
 
@@ -197,7 +202,9 @@ def require_comparable(runs: Sequence[MeasuredRun], best_by: str) -> None:
 
 
 def choose_best(verdicts: Sequence[Verdict], best_by: str) -> MeasuredRun:
-    """The best run by a metric among those that pass; ties go to accuracy, then size, latency and run id.
+    """The best run by a metric among those that pass; ties go to accuracy, then latency, size and run id.
+
+    Latencies are ranked by what was timed in turns with float32, where all runs were (`latency_measure`).
 
     Raises:
         QuantrackError: none passes; the line names each failed gate of each run.
@@ -209,22 +216,17 @@ def choose_best(verdicts: Sequence[Verdict], best_by: str) -> MeasuredRun:
         told = " | ".join(f"{verdict.run.label}: {verdict.reasons}" for verdict in verdicts)
         raise QuantrackError(f"refused: none of {len(verdicts)} runs passes: {told}")
 
+    latency = latency_measure([run.metrics for run in passed])
+
     def rank(run: MeasuredRun) -> tuple[float | str, ...]:
         order = (best_by, *MORE_IS_BETTER)
-        return (*(-run.metrics[name] if MORE_IS_BETTER[name] else run.metrics[name] for name in order), run.run_id)
+        values = {name: run.metrics[latency if name == LATENCY else name] for name in order}
+        return (*(-values[name] if MORE_IS_BETTER[name] else values[name] for name in order), run.run_id)
 
     return min(passed, key=rank)
 
 
-def off_gates(champion: Champion | None, limits: Limits) -> tuple[str, ...]:
-    """The gates that were not held: switched off, or about a champion that is not there."""
-    on = {
-        "max_drop": limits.max_drop,
-        "max_latency_ratio": limits.max_latency_ratio,
-        "max_mb": limits.max_mb,
-        "min_mAP": limits.min_map,
-        "max_parity": limits.max_parity,
-        "same_evaluation": limits.same_evaluation and champion is not None,
-        "require_better": limits.require_better and champion is not None,
-    }
-    return tuple(name for name, limit in on.items() if not limit)
+def off_gates(verdict: Verdict) -> tuple[str, ...]:
+    """The gates that a run was not held against: switched off, or about a champion that is not there."""
+    held = {gate.gate for gate in verdict.gates}
+    return tuple(name for name in OPTIONAL_GATES if name not in held)

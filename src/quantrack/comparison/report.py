@@ -77,9 +77,10 @@ class GroupView:
 
 def group_plots(group: Group) -> tuple[Plot, ...]:
     """All figures of a group, in the order of the page."""
+    latency, unit = group.latency, "ms" if group.latency == LATENCY else "times float32's, in turns"
     return (
         Plot("pareto_latency", "Accuracy against latency, with 95 % intervals of the drop",
-             lambda theme: pareto_figure(group, LATENCY, "median latency, ms", theme)),
+             lambda theme: pareto_figure(group, latency, f"median latency, {unit}", theme)),
         Plot("pareto_size", "Accuracy against file size, with 95 % intervals of the drop",
              lambda theme: pareto_figure(group, SIZE, "file, MB", theme)),
         Plot("class_drop", "What each class loses against float32; few boxes are noise",

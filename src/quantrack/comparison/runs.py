@@ -101,11 +101,26 @@ class Group:
     circumstances: Circumstances
     runs: tuple[ComparedRun, ...]
 
+    @property
+    def latency(self) -> str:
+        """The metric by which its runs' latencies are ranked; of several detectors ratios say nothing."""
+        detectors = {(run.model, run.model_digest) for run in self.runs}
+        timed = [run.metrics for run in self.runs if LATENCY in run.metrics]
+        return latency_measure(timed) if len(detectors) == 1 else LATENCY
+
     def float_run(self, run: ComparedRun) -> ComparedRun | None:
         """The most accurate float32 run of a run's checkpoint in this group; file names say nothing of content."""
         checkpoint = (run.model, run.model_digest)
         same = (one for one in self.runs if (one.model, one.model_digest) == checkpoint)
         return next((one for one in same if one.mode == "fp32"), None)
+
+
+def latency_measure(runs: Sequence[Mapping[str, float]]) -> str:
+    """The metric by which latencies of one detector's runs are ranked.
+
+    It is the ratio to float32, timed in turns, where all have it: milliseconds of two hours differ by more than modes.
+    """
+    return LATENCY_RATIO if all(LATENCY_RATIO in metrics for metrics in runs) else LATENCY
 
 
 def comparable_groups(runs: Sequence[ComparedRun]) -> tuple[Group, ...]:

@@ -42,7 +42,6 @@ COLUMNS = (
     Column("DQ nodes", "nodes_DequantizeLinear", "{:.0f}"),
     Column("all nodes", "nodes_total", "{:.0f}"),
 )
-MARKS = ((LATENCY, "best for latency"), (SIZE, "best for size"))
 
 
 def cells(run: ComparedRun) -> tuple[str, ...]:
@@ -55,7 +54,8 @@ def cells(run: ComparedRun) -> tuple[str, ...]:
 
 def marks(group: Group) -> dict[str, tuple[str, ...]]:
     """By run id, of which trade-offs the run is a best one: no other is as accurate and cheaper."""
-    best = {mark: {run.run_id for run in pareto_front(group.runs, cost)} for cost, mark in MARKS}
+    costs = {"best for latency": group.latency, "best for size": SIZE}
+    best = {mark: {run.run_id for run in pareto_front(group.runs, cost)} for mark, cost in costs.items()}
     return {run.run_id: tuple(mark for mark, ids in best.items() if run.run_id in ids) for run in group.runs}
 
 
@@ -99,6 +99,6 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
             lines += [MATRIX_CAPTION, "", *matrix_markdown(between), ""]
     lines += [
         "`drop` is held against float32, `from` and `to` bound it at 95 % (paired bootstrap over the pictures);",
-        "`times float32` is the latency over that of the float32 run. A dash: not measured.",
+        "`times float32` is the latency over that of the float32 file, timed in turns. A dash: not measured.",
     ]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ class EvaluationSet:
     @property
     def name(self) -> str:
         return f"coco-{self.split}{len(self.pictures)}"
+
+
+def require_same_categories(one: EvaluationSet, other: EvaluationSet) -> None:
+    """Check that two annotation files name the same classes in the same order, by which detectors know them.
+
+    Raises:
+        QuantrackError: they do not.
+    """
+    here, there = ([category.name for category in each.categories] for each in (one, other))
+    if here != there:
+        pairs = enumerate(zip_longest(here, there, fillvalue="missing"))
+        place, (name, expected) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+        raise QuantrackError(
+            f"{one.annotation_file}: its category number {place} by id is {name}, but {expected} in "
+            f"{other.annotation_file}; give both the same categories"
+        )
 
 
 def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:

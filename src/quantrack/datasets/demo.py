@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantrack.datasets.coco import VAL_ANNOTATIONS
 from quantrack.errors import QuantrackError
 
 DEMO = "demo"
@@ -16,12 +17,9 @@ def demo_folder() -> Path:
     Raises:
         QuantrackError: Quantrack runs outside its repository, which carries the demo.
     """
-    if not (_FOLDER / VAL_FILE).is_file():
+    if not (_FOLDER / VAL_ANNOTATIONS).is_file():
         raise QuantrackError(f"demo: {_FOLDER} is missing; run from a clone of the repository")
     return _FOLDER
-
-
-VAL_FILE = "annotations/instances_val2017.json"
 
 
 def demo_checkpoint() -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from quantrack.datasets.fetch import FetchPolicy, fetch
 from quantrack.datasets.pictures import picture_problem, pictures_in
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import atomic_path, file_digest
-from quantrack.progress import console
+from quantrack.progress import new_bar
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
@@ -73,11 +73,7 @@ def download_coco(settings: DownloadSettings) -> PreparedData:
     received = _fetch_annotations(settings)
     if settings.images == "all":
         return _fetch_archives(settings, received)
-    wanted = list(
-        dict.fromkeys(
-            wanted_pictures(settings, settings.data_root, partial(_listed_train_pictures, settings.data_root))
-        )
-    )
+    wanted = wanted_pictures(settings, settings.data_root, partial(_listed_train_pictures, settings.data_root))
     missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     received += _fetch_pictures(settings, missing)
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), received)
@@ -102,7 +98,7 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
         wanted = [str(path.relative_to(source)) for folder in ("val2017", "train2017")
                   for path in pictures_in(source / folder)]  # fmt: skip
     else:
-        wanted = list(dict.fromkeys(wanted_pictures(settings, source, partial(_present_train_pictures, source))))
+        wanted = wanted_pictures(settings, source, partial(_present_train_pictures, source))
     missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
     for name in missing:
         problem = _problem(source / name)
@@ -119,8 +115,8 @@ def _require_same_or_none(source: Path, target: Path) -> None:
         )
 
 
-def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[], list[str]]) -> Iterator[str]:
-    """Paths under the data root: evaluation pictures by annotation, then the calibration list's.
+def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[], list[str]]) -> list[str]:
+    """Paths under the data root, each once: evaluation pictures by annotation, then the calibration list's.
 
     `drawable` names the train pictures that `calib_list=random` draws from.
     """
@@ -128,14 +124,14 @@ def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[
     images = sorted(read_annotations(root, annotation_file)["images"], key=lambda entry: int(entry["id"]))
     if settings.eval_images > len(images):
         raise UsageError(f"eval_images={settings.eval_images}: {annotation_file} lists only {len(images)} pictures")
-    for entry in images[: settings.eval_images or len(images)]:
-        yield f"val2017/{_file_name(entry, annotation_file)}"
+    evaluated = [_file_name(entry, annotation_file) for entry in images[: settings.eval_images or len(images)]]
     if settings.calib_list == RANDOM:
-        yield from (f"train2017/{name}" for name in _drawn(settings, drawable()))
-        return
-    lines = read_list(Path(settings.calib_list))
-    for line in lines[: settings.calib_images or len(lines)]:
-        yield f"train2017/{Path(line).name}"
+        calibrating = _drawn(settings, drawable())
+    else:
+        lines = read_list(Path(settings.calib_list))
+        calibrating = [Path(line).name for line in lines[: settings.calib_images or len(lines)]]
+    paths = [f"val2017/{name}" for name in evaluated] + [f"train2017/{name}" for name in calibrating]
+    return list(dict.fromkeys(paths))
 
 
 def _drawn(settings: DownloadSettings, names: Sequence[str]) -> list[str]:
@@ -172,9 +168,9 @@ def _fetch_annotations(settings: DownloadSettings) -> int:
     if not lacking:
         return 0
     archive = settings.data_root / ANNOTATION_ARCHIVE
-    with _progress() as bar:
+    with _bar() as bar:
         task = bar.add_task("annotations", total=None)
-        received = _fetch_archive(settings, ANNOTATION_ARCHIVE, archive, lambda size: bar.update(task, advance=size))
+        received = _fetch_archive(settings, ANNOTATION_ARCHIVE, archive, partial(bar.advance, task))
     extract(archive, {f"annotations/{name.name}" for name in lacking}, settings.data_root)
     archive.unlink()
     return received
@@ -190,7 +186,7 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
             reused += len(entries)
             continue
         archive = settings.data_root / f"{split}.zip"
-        with _progress() as bar:
+        with _bar() as bar:
             task = bar.add_task(archive.name, total=None)
             advance = partial(bar.advance, task)
             received += _fetch_archive(settings, f"zips/{archive.name}", archive, advance)
@@ -247,31 +243,27 @@ def extract(archive: Path, names: set[str] | None, target: Path) -> None:
         raise QuantrackError(f"{archive}: broken archive ({error}), removed; run again") from error
 
 
-def _fetch_pictures(settings: DownloadSettings, names: Iterable[str]) -> int:
+def _fetch_pictures(settings: DownloadSettings, names: Sequence[str]) -> int:
     """Fetch in parallel; the first failure or an interrupt ends the rest, what is finished stays."""
-    names = list(names)
     if not names:
         return 0
-    pool = ThreadPoolExecutor(settings.workers)
-    with _progress() as bar:
+    pool, stop = ThreadPoolExecutor(settings.workers), threading.Event()
+    with _bar() as bar:
         task = bar.add_task("pictures", total=len(names))
 
         def one(name: str) -> int:
-            received = fetch(f"{settings.base_url}/{name}", settings.data_root / name, settings.policy, _problem)
+            url, target = f"{settings.base_url}/{name}", settings.data_root / name
+            received = fetch(url, target, settings.policy, _problem, stop=stop)
             bar.advance(task)
             return received
 
         futures = [pool.submit(one, name) for name in names]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                if future.exception() is not None:
-                    raise future.exception() or QuantrackError("download failed")
-            return sum(future.result() for future in futures)
+            return sum(future.result() for future in done)  # raises what has failed
         finally:
-            settings.policy.stop.set()
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            settings.policy.stop.clear()
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -283,8 +275,5 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())
-    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
-        yield bar
+def _bar() -> Progress:
+    return new_bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -24,15 +24,11 @@ class _TransientError(Exception):
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """Tries, seconds without an answer before giving a try up, and the first pause between tries.
-
-    `stop` is set to make downloads in other threads end at their next chunk.
-    """
+    """Tries, seconds without an answer before giving a try up, and the first pause between tries."""
 
     retries: int = 4
     timeout: float = 30.0
     backoff: float = 0.5
-    stop: threading.Event = field(default_factory=threading.Event)
 
 
 def fetch(
@@ -41,20 +37,24 @@ def fetch(
     policy: FetchPolicy,
     check: Check,
     progress: Callable[[int], None] = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> int:
     """Download `url` to `target`; returns the bytes received now. A `.part` file is resumed.
+
+    Another thread sets `stop` to make it end at its next chunk.
 
     Raises:
         QuantrackError: the server says no (4xx), cannot be reached, or sends bad data at every try.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    stop = stop or threading.Event()
     part = target.with_name(target.name + ".part")
     received = 0
     for attempt in range(policy.retries + 1):
-        if attempt and policy.stop.wait(policy.backoff * 2 ** (attempt - 1)):
+        if attempt and stop.wait(policy.backoff * 2 ** (attempt - 1)):
             break
         try:
-            received += _download(url, part, policy, progress)
+            received += _download(url, part, policy, progress, stop)
             problem = check(part)
             if problem is not None:
                 part.unlink(missing_ok=True)  # nothing in it can be trusted to resume from
@@ -63,7 +63,7 @@ def fetch(
             return received
         except _TransientError as error:
             reason = str(error)
-    if policy.stop.is_set():
+    if stop.is_set():
         raise QuantrackError(f"{url}: stopped; what is downloaded stays")
     raise QuantrackError(
         f"cannot fetch {url} after {policy.retries + 1} tries ({reason}); check the network and run again to resume, "
@@ -71,7 +71,7 @@ def fetch(
     )
 
 
-def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int], None]) -> int:
+def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int], None], stop: threading.Event) -> int:
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # what arrives is what is counted, resumed and kept
     if have:
@@ -83,7 +83,7 @@ def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int
                 raise _TransientError("the part already here is not a part of this file")
             _require_success(url, answer.status_code)
             resumed = answer.status_code == requests.codes.partial_content
-            return _write(answer, part, "ab" if resumed else "wb", policy, progress)
+            return _write(answer, part, "ab" if resumed else "wb", policy, progress, stop)
     except (requests.RequestException, HTTPError) as error:
         raise _TransientError(_reason(error)) from error
 
@@ -96,7 +96,12 @@ def _require_success(url: str, status: int) -> None:
 
 
 def _write(
-    answer: requests.Response, part: Path, mode: str, policy: FetchPolicy, progress: Callable[[int], None]
+    answer: requests.Response,
+    part: Path,
+    mode: str,
+    policy: FetchPolicy,
+    progress: Callable[[int], None],
+    stop: threading.Event,
 ) -> int:
     expected = answer.headers.get("Content-Length")
     received, lately = 0, 0
@@ -107,7 +112,7 @@ def _write(
             stream.write(chunk)
             received, lately = received + len(chunk), lately + len(chunk)
             progress(len(chunk))
-            if policy.stop.is_set():
+            if stop.is_set():
                 raise _TransientError("stopped")
             if lately >= SLOWEST_BYTES:
                 lately, deadline = 0, time.monotonic() + policy.timeout

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantrack.datasets.coco import (
     TRAIN_ANNOTATIONS,
@@ -89,10 +89,25 @@ def _hold_back(pictures: list[Picture], avoided: set[Path], seed: int) -> set[in
     return {picture.id for picture in order[:count]}
 
 
-def coco_content(pictures: EvaluationSet) -> dict[str, list[dict[str, Any]]]:
-    """The set as a COCO instances file whose category ids are the detector's class indices plus 1."""
+def clipped_box(xywh: Sequence[float], width: int, height: int) -> list[float]:
+    """What of a box lies in the picture.
+
+    >>> clipped_box((-2.0, 5.0, 12.0, 100.0), 20, 30)
+    [0.0, 5.0, 10.0, 25.0]
+    """
+    x, y, w, h = xywh
+    left, top = max(0.0, x), max(0.0, y)
+    return [left, top, max(0.0, min(x + w, width) - left), max(0.0, min(y + h, height) - top)]
+
+
+def write_instances(pictures: EvaluationSet, path: Path) -> None:
+    """Write the set as a COCO instances file whose category ids are the detector's class indices plus 1.
+
+    Boxes are cut at the picture's edges: Ultralytics trains on no picture that has one beyond them.
+    """
     class_of = {category.id: index for index, category in enumerate(pictures.categories, 1)}
-    return {
+    sides = {picture.id: (picture.width, picture.height) for picture in pictures.pictures}
+    content = {
         "images": [
             {"id": p.id, "file_name": f"{p.id:012d}{p.path.suffix}", "width": p.width, "height": p.height}
             for p in pictures.pictures
@@ -102,7 +117,7 @@ def coco_content(pictures: EvaluationSet) -> dict[str, list[dict[str, Any]]]:
                 "id": number,
                 "image_id": box.image_id,
                 "category_id": class_of[box.category_id],
-                "bbox": list(box.xywh),
+                "bbox": clipped_box(box.xywh, *sides[box.image_id]),
                 "area": box.area,
                 "iscrowd": int(box.crowd),
             }
@@ -110,3 +125,4 @@ def coco_content(pictures: EvaluationSet) -> dict[str, list[dict[str, Any]]]:
         ],
         "categories": [{"id": class_of[category.id], "name": category.name} for category in pictures.categories],
     }
+    path.write_text(json.dumps(content), encoding="utf-8")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantrack.detector.environment import prepare
+from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError
 
 Load = Callable[[Path], object]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from quantrack.detector.environment import prepare
+from quantrack.detector.ultralytics_setup import prepare
 
 Branches = Sequence[nn.Sequential]  # one a level, its last module the output convolution
 
@@ -95,18 +95,12 @@ def raw_outputs(model: nn.Module) -> Iterator[RawOutputTap]:
         tap.features = tuple(inputs[0])
 
     head = cast("nn.Sequential", model.model)[-1]
-    handles = [
-        model.get_submodule(name).register_forward_hook(catch(name))
-        for level in tap.levels
-        for name in (level.boxes, level.classes)
-    ]
-    handles.append(head.register_forward_pre_hook(catch_features))
-    try:
-        with _without_decoding(head):
-            yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _without_decoding(head):
+        for level in tap.levels:
+            for name in (level.boxes, level.classes):
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(catch(name)))
+        hooks.enter_context(head.register_forward_pre_hook(catch_features))
+        yield tap
 
 
 @contextmanager

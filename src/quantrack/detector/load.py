@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from quantrack.cache import cache_folder
 from quantrack.datasets.demo import DEMO, demo_checkpoint
 from quantrack.detector.checkpoint import load_safely, load_trusting
-from quantrack.detector.environment import cache_folder, prepare
 from quantrack.detector.selection import select_before_decoding
+from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
+from quantrack.schemes import HEADS, ONE2MANY, ONE2ONE
 
-ONE2ONE = "one2one"
-ONE2MANY = "one2many"
 MAX_DETECTIONS = 300
 
 
@@ -51,7 +51,7 @@ def load_detector(source: str, head: str, imgsz: int, seed: int, trust_checkpoin
         QuantrackError: the source is missing, broken, refused, or no detection model.
         UsageError: the head is unknown or the model lacks it, or `imgsz` does not fit its stride.
     """
-    if head not in (ONE2ONE, ONE2MANY):
+    if head not in HEADS:
         raise UsageError(f"head={head}: unknown head; use {ONE2ONE} or {ONE2MANY}")
     if imgsz <= 0:
         raise UsageError(f"imgsz={imgsz}: must be positive, a multiple of the model's stride (32 for most)")

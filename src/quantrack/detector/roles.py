@@ -6,8 +6,8 @@ from enum import Enum
 
 from torch import nn
 
-from quantrack.detector.environment import prepare
 from quantrack.detector.heads import head_levels
+from quantrack.detector.ultralytics_setup import prepare
 
 
 class Role(Enum):
@@ -28,13 +28,14 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
     """
     prepare()
     from ultralytics.nn.modules import DFL, Attention
+    from ultralytics.nn.modules.block import AAttn
 
     convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
         return {}
     first = convolutions[0][1]
     in_dfl = _convolutions_inside(model, (DFL,))
-    in_attention = _convolutions_inside(model, _attention_kinds(Attention))
+    in_attention = _convolutions_inside(model, (Attention, AAttn))
     outputs = {name for level in head_levels(model) for name in (level.boxes, level.classes)}
 
     def role(name: str, module: nn.Conv2d) -> Role:
@@ -49,12 +50,6 @@ def convolution_roles(model: nn.Module) -> dict[str, Role]:
         return Role.ATTENTION if id(module) in in_attention else Role.BODY
 
     return {name: role(name, module) for name, module in convolutions}
-
-
-def _attention_kinds(attention: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    from ultralytics.nn.modules import block
-
-    return (attention, block.AAttn)
 
 
 def _convolutions_inside(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:

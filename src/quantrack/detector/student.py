@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantrack.detector.environment import prepare
 from quantrack.detector.heads import RawOutputs, raw_outputs_in_training
+from quantrack.detector.ultralytics_setup import prepare
 
 # Pictures [B, 3, S, S] and the student's raw outputs, to a loss per picture.
 FurtherLoss = Callable[[Tensor, RawOutputs], Tensor]
@@ -71,35 +71,25 @@ class Student(nn.Module):
             outputs = _in_float32(self.network(pictures))
         self.criterion = self.criterion or self.new_criterion()
         losses, parts = self.criterion(outputs, batch)
-        if self.further_loss is None:
-            return losses.sum(), dict(parts)
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            further = self.further_loss(pictures, raw_outputs_in_training(outputs))
-        return losses.sum() + len(pictures) * further, {**parts, "distill_loss": further.detach()}
+        total, parts = losses.sum(), dict(parts)
+        if self.further_loss is not None:
+            with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.mixed_precision):
+                further = self.further_loss(pictures, raw_outputs_in_training(outputs))
+            total, parts["distill_loss"] = total + len(pictures) * further, further.detach()
+        return total, parts | {"total_loss": total.detach() / len(pictures)}
 
     def new_criterion(self) -> Any:  # noqa: ANN401
         """The detection loss: of both heads, or of the only one."""
         prepare()
-        from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
+        from ultralytics.utils.loss import v8DetectionLoss
 
         head = self.model[-1]
         if getattr(head, "one2one_cv2", None) is None:
             return v8DetectionLoss(self)
-        return _at_the_end_of_its_schedule(E2ELoss(self)) if head.cv2 is not None else _OneToOneLoss(self)
+        return _BothHeadsLoss(self) if head.cv2 is not None else _OneToOneLoss(self)
 
     def set_head_attr(self, **attributes: object) -> None:
         """The trainer would set the limit of detections to its own; the exported one stays."""
-
-
-def _at_the_end_of_its_schedule(loss: Any) -> Any:  # noqa: ANN401 - Ultralytics is untyped
-    """The loss of both heads as a trained detector knows it, and with which its training has ended.
-
-    From scratch the one-to-many head weighs 0.8 at first and 0.1 at last, so that features are there when the other one
-    needs them. They are there: beginning again would pull them from the head that is exported.
-    """
-    loss.o2m = loss.o2m_copy = loss.final_o2m
-    loss.o2o = loss.total - loss.o2m
-    return loss
 
 
 def _in_float32(outputs: Any) -> Any:  # noqa: ANN401
@@ -109,6 +99,28 @@ def _in_float32(outputs: Any) -> Any:  # noqa: ANN401
     if isinstance(outputs, list):
         return [_in_float32(value) for value in outputs]
     return outputs.float()
+
+
+class _BothHeadsLoss:
+    """The loss of both heads, weighed as it is at the end of a detector's training.
+
+    From scratch the one-to-many head weighs 0.8 at first and 0.1 at last, so that features are there when the other one
+    needs them. They are there: beginning again would pull them from the head that is exported.
+    """
+
+    def __init__(self, student: Student) -> None:
+        from ultralytics.utils.loss import E2ELoss
+
+        self.loss = E2ELoss(student)
+        self.one2many_share = self.loss.final_o2m
+        self.one2one_share = self.loss.total - self.one2many_share
+
+    def __call__(self, outputs: dict[str, Any], batch: dict[str, Any]) -> LossAndParts:
+        """The weighed sum; as parts those of the one-to-one head, and the share of the other one."""
+        one2many = self.one2many_share * self.loss.one2many.loss(outputs["one2many"], batch)[0]
+        one2one, parts = self.loss.one2one.loss(outputs["one2one"], batch)
+        share = one2many.sum().detach() / len(batch["img"])
+        return one2many + self.one2one_share * one2one, {**parts, "one2many_loss": share}
 
 
 class _OneToOneLoss:

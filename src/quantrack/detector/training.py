@@ -7,7 +7,6 @@ that a killed training goes on from exactly. Ultralytics' own loggers stay out.
 from __future__ import annotations
 
 import math
-import os
 import random
 import subprocess
 import time
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantrack.detector.environment import prepare
+from quantrack.cache import variable_kept
 from quantrack.detector.student import Student
-from quantrack.errors import QuantrackError
+from quantrack.detector.ultralytics_setup import prepare
+from quantrack.errors import NotFiniteError, QuantrackError
 from quantrack.files import atomic_path
 from quantrack.progress import new_bar, say
 
@@ -113,10 +113,12 @@ def train(job: TrainingJob) -> Trained:
     _require_same_student(job)
     if not _is_finished(job):
         # a class of its own, so that DDP's processes get the job with it
-        kind = type("FineTuningOfOneJob", (FineTuning,), {"job": job})
-        with _visible_devices_kept():
+        kind, threads = type("FineTuningOfOneJob", (FineTuning,), {"job": job}), torch.get_num_threads()
+        with variable_kept("CUDA_VISIBLE_DEVICES"), _threads_kept():  # Ultralytics changes both on a CPU
             try:
-                kind(overrides=_overrides(job)).train()
+                trainer = kind(overrides=_overrides(job))
+                torch.set_num_threads(threads)
+                trainer.train()
             except (RuntimeError, ValueError, TypeError, OSError, subprocess.CalledProcessError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise QuantrackError(f"training failed ({type(error).__name__}: {reason})") from error
@@ -124,6 +126,16 @@ def train(job: TrainingJob) -> Trained:
     job.student.load_state_dict(best["ema"])
     job.student.eval()
     return Trained(best["epoch"], best["score"], last["epoch"], last["stopped"])
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Ultralytics trains on one core fewer than the machine has, and leaves it at that."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
@@ -151,12 +163,27 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         """Go on from our own checkpoint, or validate the start; then training begins."""
         self.stopped, self.low_scores, self.best_epoch = "", 0, 0
         self.bar, self.began = new_bar(), time.monotonic()
+        self._require_all_pictures()
         if self.job.last.is_file():
             self._go_on(_load(self.job.last))
         elif RANK in (-1, 0):
             self.best_fitness = self.job.validate(self.ema.ema.network)
             self._save(self.job.best, {"epoch": 0, "score": self.best_fitness})
             self._report(0, self.best_fitness, {}, {})
+
+    def _require_all_pictures(self) -> None:
+        """Ultralytics leaves out what it cannot use and does not say so: the run would name pictures that nobody saw.
+
+        Raises:
+            QuantrackError: it left some out.
+        """
+        used = {Path(path).name for path in self.train_loader.dataset.im_files}
+        lacking = sorted({path.name for path in (self.job.folder / "images" / "train").iterdir()} - used)
+        if lacking:
+            raise QuantrackError(
+                f"training: {len(lacking)} of {len(lacking) + len(used)} pictures cannot be trained on, {lacking[0]} "
+                "first (unreadable, or less than 10 pixels wide or high); take them out of the train annotations"
+            )
 
     def _go_on(self, kept: Mapping[str, Any]) -> None:
         student = unwrap_model(self.model)
@@ -166,7 +193,7 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         self.optimizer.load_state_dict(kept["optimizer"])
         self.start_epoch, self.best_fitness, self.best_epoch = kept["epoch"], kept["best_score"], kept["best_epoch"]
         self.low_scores = kept["low_scores"]
-        self.stopper.best_fitness, self.stopper.best_epoch = kept["best_score"], kept["best_epoch"]
+        self.stopper.best_fitness, self.stopper.best_epoch = kept["best_trained"]
         student.criterion = student.new_criterion()
         say(f"training: going on after epoch {self.start_epoch} of {self.epochs}")
 
@@ -213,9 +240,11 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         number = self.epoch + 1
         losses = {name: float(value) for name, value in self.tloss.items()}
         if not all(math.isfinite(value) for value in losses.values()) or not math.isfinite(float(self.loss.detach())):
-            self.stopped, self.stop = f"the loss of epoch {number} is not finite; lower lr0", True
-            return {}, 0.0
-        score = self.job.validate(self.ema.ema.network)
+            return self._diverged(f"the loss of epoch {number} is not finite")
+        try:
+            score = self.job.validate(self.ema.ema.network)
+        except NotFiniteError:  # the last step of the epoch broke the weights: no loss has seen them
+            return self._diverged(f"what the detector gives after epoch {number} is not finite")
         self.low_scores = self.low_scores + 1 if score < COLLAPSED_SHARE * self.best_fitness else 0
         if self.low_scores > 1:
             best = f"{self.best_fitness:.4f} of epoch {self.best_epoch}"
@@ -227,6 +256,10 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         self._report(number, score, losses, rates)
         return {}, score
 
+    def _diverged(self, what: str) -> tuple[dict[str, float], float | None]:
+        self.stopped, self.stop = f"{what}; lower lr0", True
+        return {}, 0.0
+
     def save_model(self) -> bool:
         """Write everything to go on from; of a broken epoch just that it ended the training."""
         if self.stopped and self.job.last.is_file():
@@ -235,7 +268,7 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
                 torch.save(kept, temporary)
             return True
         if self.stop and not self.stopped and self.epoch + 1 < self.epochs:
-            self.stopped = f"no better epoch after epoch {self.best_epoch} for {self.args.patience} epochs"
+            self.stopped = f"no better epoch after epoch {self.stopper.best_epoch} for {self.args.patience} epochs"
         further = {
             "epoch": self.epoch + 1,
             "student": unwrap_model(self.model).state_dict(),
@@ -243,6 +276,7 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
             "optimizer": self.optimizer.state_dict(),
             "best_score": self.best_fitness,
             "best_epoch": self.best_epoch,
+            "best_trained": (self.stopper.best_fitness, self.stopper.best_epoch),
             "low_scores": self.low_scores,
             "finished": bool(self.stop),
             "stopped": self.stopped,
@@ -312,7 +346,10 @@ def _require_same_student(job: TrainingJob) -> None:
     Raises:
         QuantrackError: another version of Quantrack has trained it.
     """
-    if job.last.is_file() and _load(job.last)["student"].keys() != job.student.state_dict().keys():
+    if not job.last.is_file():
+        return
+    kept = _load(job.last)
+    if "best_trained" not in kept or kept["student"].keys() != job.student.state_dict().keys():
         raise QuantrackError(f"{job.last}: was trained by another version of Quantrack; start a new qat run")
 
 
@@ -331,16 +368,3 @@ def _load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds
         raise QuantrackError(f"{path}: cannot be read ({type(error).__name__}); start the training again") from error
     return content
-
-
-@contextmanager
-def _visible_devices_kept() -> Iterator[None]:
-    """Ultralytics hides GPUs from the whole process where it is told to use the CPU."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before

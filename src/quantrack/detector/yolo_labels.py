@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from quantrack.datasets.coco import EvaluationSet
-from quantrack.datasets.training import TrainingPictures, coco_content
-from quantrack.detector.environment import prepare
+from quantrack.datasets.training import TrainingPictures, write_instances
+from quantrack.detector.ultralytics_setup import prepare
 
 
 def write_yolo_data(pictures: TrainingPictures, folder: Path) -> Path:
@@ -42,8 +41,7 @@ def _convert_labels(parts: Mapping[str, EvaluationSet], folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
         annotations, converted = _made(Path(temporary) / "annotations"), Path(temporary) / "converted"
         for name, part in parts.items():
-            content = json.dumps(coco_content(part))
-            (annotations / f"instances_{name}.json").write_text(content, encoding="utf-8")
+            write_instances(part, annotations / f"instances_{name}.json")
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             convert_coco(str(annotations), str(converted), cls91to80=False)
         shutil.rmtree(folder / "labels", ignore_errors=True)

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torchvision.ops import batched_nms
 
 from quantrack.datasets.pictures import Letterbox
-from quantrack.errors import QuantrackError
+from quantrack.errors import NotFiniteError, QuantrackError
 from quantrack.evaluation.types import Detection
-
-ONE2ONE = "one2one"
-ONE2MANY = "one2many"
+from quantrack.schemes import ONE2MANY, ONE2ONE
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def _suppress(
 
 def _check_finite(output: NDArray[np.float32], image_id: int) -> None:
     if not np.isfinite(output).all():
-        raise QuantrackError(
+        raise NotFiniteError(
             f"picture {image_id}: the network's output has NaN or infinite values; "
             "its scales overflow: try more activation bits or other calibration pictures"
         )

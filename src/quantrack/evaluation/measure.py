@@ -18,10 +18,11 @@ from quantrack.evaluation.decode import decode
 from quantrack.evaluation.types import CocoResult, Detection
 from quantrack.progress import say, track
 from quantrack.runtime.latency import Latency, Ratio, measure_in_turns
-from quantrack.runtime.load import OtherLoad, watch_other_load
+from quantrack.runtime.machine_load import OtherLoad, watch_other_load
 from quantrack.runtime.parity import Network, Parity, measure_parity, torch_network
 from quantrack.runtime.placement import Placement, measure_placement
-from quantrack.runtime.session import Session
+from quantrack.runtime.session import Session, SessionSettings
+from quantrack.schemes import ONE2MANY, ONE2ONE
 
 PARITY_PICTURES = 8
 
@@ -36,9 +37,14 @@ class Speed:
     provider: str
     latency: Latency
     placement: Placement
-    session_settings: str
+    session: SessionSettings
     other_load: OtherLoad
     ratio: Ratio | None = None
+
+    @property
+    def session_settings(self) -> str:
+        """What of the session's settings differs from the defaults, for people."""
+        return self.session.text
 
     def metrics(self) -> dict[str, float]:
         measured = self.latency.metrics() | self.placement.metrics() | self.other_load.metrics()
@@ -68,7 +74,7 @@ def measure_speed(session: Session, latency_runs: int, beside: Session | None = 
         say(f"latency: other processes kept {load.cores:.1f} cores busy meanwhile; measure again on an idle machine")
     ratio = ratios[-1] if beside else None
     placement = measure_placement(session)
-    return Speed(session.provider, latencies[-1], placement, session.settings.text, load, ratio)
+    return Speed(session.provider, latencies[-1], placement, session.settings, load, ratio)
 
 
 def prove(
@@ -99,6 +105,11 @@ def detect(run: Network, imgsz: int, evaluation_set: EvaluationSet, head: str) -
     found: list[Detection] = []
     for picture in track(evaluation_set.pictures, "evaluating"):
         image, fit = letterbox(read_picture(picture.path), imgsz)
+        if (fit.width, fit.height) != (picture.width, picture.height):
+            raise QuantrackError(
+                f"{picture.path}: has {fit.width} x {fit.height} pixels, but {evaluation_set.annotation_file} says "
+                f"{picture.width} x {picture.height}, and its boxes are in those; put the annotated picture there"
+            )
         found += decode(run(image[None])[0], head, fit, picture.id, category_ids)
     return tuple(found)
 
@@ -147,9 +158,9 @@ def require_output(session: Session, head: str, evaluation_set: EvaluationSet) -
     shape = session.output_shape
     one2many = (1, 4 + len(evaluation_set.categories))
     if len(shape) == 3 and shape[2] == 6 and shape[1] <= 300:
-        actual = "one2one"
+        actual = ONE2ONE
     elif shape[:2] == one2many:
-        actual = "one2many"
+        actual = ONE2MANY
     else:
         raise QuantrackError(
             f"onnx={session.path}: output {list(shape)} is neither [1, 300, 6] nor "

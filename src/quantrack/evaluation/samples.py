@@ -114,24 +114,21 @@ def class_colour(category_id: int) -> Colour:
 
 
 def _true_marks(picture: Picture, truth: Sequence[TrueBox], names: dict[int, str]) -> list[_Mark]:
+    own = [box for box in truth if box.image_id == picture.id]
     return [
         _Mark(
             box.xywh,
             _name(box.category_id, names) + (" (crowd)" if box.crowd else ""),
             class_colour(box.category_id),
         )
-        for box in sorted(truth, key=lambda box: -box.area)
-        if box.image_id == picture.id
+        for box in sorted(own, key=lambda box: -box.area)
     ]
 
 
 def _marks(picture: Picture, detections: Sequence[Detection], names: dict[int, str], threshold: float) -> list[_Mark]:
     """The weakest first, so that the strongest lie on top."""
-    return [
-        _mark(detection, names)
-        for detection in sorted(detections, key=lambda detection: detection.score)
-        if detection.image_id == picture.id and detection.score >= threshold
-    ]
+    own = [one for one in detections if one.image_id == picture.id and one.score >= threshold]
+    return [_mark(detection, names) for detection in sorted(own, key=lambda detection: detection.score)]
 
 
 def _mark(detection: Detection, names: dict[int, str]) -> _Mark:

@@ -20,8 +20,8 @@ SILU, DOMAIN, DOMAIN_VERSION = "QuickGelu", "com.microsoft", 1
 MOST_VALUES = 1 << 18  # 1 MiB of float32, the cache of one core
 
 
-def silu_in_float(graph: Graph) -> Graph:
-    """Write x * sigmoid(x) of at most `MOST_VALUES` values as one operator; returns the new graph.
+def silu_in_float(graph: Graph) -> None:
+    """Write x * sigmoid(x) of at most `MOST_VALUES` values as one operator.
 
     The operator is ONNX Runtime's; the file also carries it as a function of ONNX's own operators, for runtimes that
     know functions and not the operator.
@@ -38,7 +38,6 @@ def silu_in_float(graph: Graph) -> Graph:
     if merged:
         graph.replace([merged.get(node.output[0], node) for node in graph.nodes if node.output[0] not in gone])
         _define(graph.model)
-    return Graph(graph.model)
 
 
 def silu_product(graph: Graph, tensor: str) -> onnx.NodeProto | None:

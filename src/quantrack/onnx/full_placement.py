@@ -25,7 +25,7 @@ from quantrack.errors import QuantrackError
 from quantrack.onnx.activation_grid import Grid, ObservedRange
 from quantrack.onnx.float_silu import SILU, silu_in_float
 from quantrack.onnx.graph import Graph, read_graph, write_graph
-from quantrack.onnx.grid_assignment import ALIGN_SHARE, SAME_GRID, ConvInput, assign_grids
+from quantrack.onnx.grid_assignment import SAME_GRID, ConvInput, assign_grids
 from quantrack.onnx.integer_kernels import suit_integer_kernels, take_wholes
 
 BETWEEN_QUANTIZERS = frozenset({SILU, "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Slice", "Split"})
@@ -36,14 +36,12 @@ def observable_tensors(path: Path) -> tuple[str, ...]:
     """The tensors of a QCDQ file whose values `place_everywhere` wants to know."""
     graph = read_graph(path)
     grids = strip_activation_quantizers(graph)
-    graph = _prepared(graph)
+    rewrite_unquantized(graph)
     produced = set(graph.producers)
     return tuple(sorted(tensors_to_quantize(graph, grids) & produced))
 
 
-def place_everywhere(
-    source: Path, target: Path, observed: Mapping[str, ObservedRange], align_share: float = ALIGN_SHARE
-) -> None:
+def place_everywhere(source: Path, target: Path, observed: Mapping[str, ObservedRange]) -> None:
     """Write a copy of a cleaned QCDQ file with quantizers at every activation.
 
     `observed` has the values of `observable_tensors(source)` over the calibration pictures.
@@ -55,17 +53,18 @@ def place_everywhere(
     conv_grids = strip_activation_quantizers(graph)
     if not conv_grids:
         raise QuantrackError(f"{source}: no activation is quantized; full placement needs a W4A8 or W8A8 model")
-    graph = _prepared(graph)
+    rewrite_unquantized(graph)
     tensors = tensors_to_quantize(graph, conv_grids)
-    grids = assign_grids(graph, tensors, conv_grids, observed, align_share)
+    grids = assign_grids(graph, tensors, conv_grids, observed)
     insert_everywhere(graph, grids, conv_grids)
-    suit_integer_kernels(Graph(graph.model))
+    suit_integer_kernels(graph)
     write_graph(graph, target)
 
 
-def _prepared(graph: Graph) -> Graph:
-    """What is to be rewritten before there are quantizers in between."""
-    return silu_in_float(take_wholes(Graph(graph.model)))
+def rewrite_unquantized(graph: Graph) -> None:
+    """Rewrite what must be before there are quantizers in between."""
+    take_wholes(graph)
+    silu_in_float(graph)
 
 
 def strip_activation_quantizers(graph: Graph) -> dict[str, ConvInput]:

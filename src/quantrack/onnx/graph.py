@@ -16,14 +16,18 @@ from quantrack.onnx.inspect import load_onnx
 
 
 class Graph:
-    """An ONNX model's graph, indexed; after a change of `nodes` or their inputs, take a new `Graph(model)`."""
+    """An ONNX model's graph and its indices, which `replace` makes anew; nodes may be changed in place before it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        self.initializers = {item.name: item for item in model.graph.initializer}
-        self.producers = {output: node for node in model.graph.node for output in node.output}
+        self._index()
+
+    def _index(self) -> None:
+        graph = self.model.graph
+        self.initializers = {item.name: item for item in graph.initializer}
+        self.producers = {output: node for node in graph.node for output in node.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in model.graph.node:
+        for node in graph.node:
             for name in node.input:
                 self.consumers[name].append(node)
 
@@ -53,13 +57,14 @@ class Graph:
         return name
 
     def replace(self, nodes: Iterable[onnx.NodeProto]) -> None:
-        """Take these nodes instead, and drop constants that none of them uses."""
+        """Take copies of these nodes instead, and drop constants that none of them uses."""
         kept = list(nodes)
         used = {name for node in kept for name in node.input}
         constants = [item for item in self.model.graph.initializer if item.name in used]
         del self.model.graph.node[:], self.model.graph.initializer[:]
         self.model.graph.node.extend(kept)
         self.model.graph.initializer.extend(constants)
+        self._index()
 
 
 def read_graph(path: Path) -> Graph:

@@ -29,11 +29,10 @@ def assign_grids(
     tensors: set[str],
     conv_inputs: Mapping[str, ConvInput],
     observed: Mapping[str, ObservedRange],
-    align_share: float = ALIGN_SHARE,
 ) -> dict[str, Grid]:
     """A grid for every tensor; tensors that hold the same values share one.
 
-    An operand of Concat takes over the result's grid where its own range is at least `align_share` of it.
+    An operand of Concat takes over the result's grid where its own range is at least `ALIGN_SHARE` of it.
     Values are then copied; other operands keep their finer grid and are requantized.
     """
     groups = Groups(tensors)
@@ -52,12 +51,12 @@ def assign_grids(
     # backwards, as what SiLU takes need not reach further than what it gives
     for root, members in sorted(groups, key=lambda group: -max(order[name] for name in group[1])):
         by_root[root] = calibrated.get(root) or _observed_grid(graph, members, observed, groups, by_root)
-    _align_concatenations(graph, groups, by_root, align_share)
-    _align_outputs(graph, groups, by_root, align_share)
+    _align_concatenations(graph, groups, by_root)
+    _align_outputs(graph, groups, by_root)
     return {tensor: by_root[groups.root(tensor)] for tensor in tensors}
 
 
-def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid], share: float) -> None:
+def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> None:
     """Join operands of Concat to its result where that costs them less than a bit."""
     for node in graph.nodes:
         result = node.output[0]
@@ -65,12 +64,12 @@ def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]
             continue
         for operand in filter(groups.__contains__, node.input):  # others stay float
             own, whole = by_root[groups.root(operand)], by_root[groups.root(result)]
-            if own.width >= share * whole.width:
+            if own.width >= ALIGN_SHARE * whole.width:
                 root = groups.join(operand, result)
                 by_root[root] = covering(own, whole)
 
 
-def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid], share: float) -> None:
+def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> None:
     """Give the head's levels one grid where float operators concatenate them, so that integers can be.
 
     All of them or none: with a level left out nothing is gained.
@@ -81,7 +80,7 @@ def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid], share
             continue
         own = [by_root[groups.root(source)] for source in sources]
         whole = reduce(covering, own)
-        if all(grid.width >= share * whole.width for grid in own):
+        if all(grid.width >= ALIGN_SHARE * whole.width for grid in own):
             for source in sources:
                 by_root[groups.join(source, sources[0])] = whole
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
-from quantrack.schemes import LARGEST_PAIR, VARIANTS, variant_words
+from quantrack.schemes import MAX_PAIR_SUM, VARIANTS, variant_words
 
 QDQ_OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 COUNTED = (*QDQ_OPERATORS, "Clip", "Conv")
@@ -142,14 +142,14 @@ def _exceeds(node: onnx.NodeProto, stored: onnx.TensorProto) -> bool:
         return False
     weight = onnx.numpy_helper.to_array(stored).astype(np.int16)
     if node.op_type != "Conv":
-        return bool((np.abs(weight) > LARGEST_PAIR // 2).any())  # in whichever order they are taken
+        return bool((np.abs(weight) > MAX_PAIR_SUM // 2).any())  # in whichever order they are taken
     groups = next((item.i for item in node.attribute if item.name == "group"), 1)
     if weight.shape[1] == 1 and groups >= len(weight):
         return False  # depthwise convolutions add in 32 bits
     in_order = np.moveaxis(weight, 1, -1)
     # kernels may fill channels up to an even number
     even = np.pad(in_order, [*[(0, 0)] * (in_order.ndim - 1), (0, in_order.shape[-1] % 2)])
-    return any(_largest_pair(one.reshape(len(one), -1)) > LARGEST_PAIR for one in (in_order, even))
+    return any(_largest_pair(one.reshape(len(one), -1)) > MAX_PAIR_SUM for one in (in_order, even))
 
 
 def _largest_pair(in_order: NDArray[np.int16]) -> int:

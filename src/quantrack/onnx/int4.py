@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from quantrack.errors import QuantrackError
 from quantrack.onnx.graph import Graph, write_graph
@@ -81,7 +81,7 @@ def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Let a DequantizeLinear take packed weights; returns the node that must go before it, if any."""
     name = f"{dequantize.input[0]}/int4"
     integers = graph.array(dequantize.input[0])
-    graph.model.graph.initializer.append(numpy_helper.from_array(_as_int4(integers), name))
+    graph.add(name, _as_int4(integers))
     convolution = convolution_of(graph, dequantize.output[0])
     assert convolution is not None
     if any(node.op_type == "QuantizeLinear" for node in graph.consumers[convolution.output[0]]):
@@ -102,13 +102,9 @@ def _partly_packed(graph: Graph, dequantize: onnx.NodeProto, narrow: NDArray[np.
     )
     # where each channel lies once the narrow ones come first
     places = np.argsort(np.argsort(~narrow, kind="stable"), kind="stable").astype(np.int32)
-    graph.model.graph.initializer.extend(
-        [
-            numpy_helper.from_array(_as_int4(integers[narrow]), four),
-            numpy_helper.from_array(integers[~narrow], eight),
-            numpy_helper.from_array(places, order),
-        ]
-    )
+    graph.add(four, _as_int4(integers[narrow]))
+    graph.add(eight, integers[~narrow])
+    graph.add(order, places)
     dequantize.input[0] = whole
     return [
         helper.make_node("Cast", [four], [cast], name=f"{four}/Cast", to=onnx.TensorProto.INT8),

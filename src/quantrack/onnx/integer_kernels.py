@@ -23,9 +23,9 @@ def suit_integer_kernels(graph: Graph) -> None:
     And give large weights zero points of their own, which processors without VNNI want.
     """
     fill_input_channels(graph)
-    double_by_copying(Graph(graph.model))
-    dequantize_late(Graph(graph.model))
-    own_zero_points(Graph(graph.model))
+    double_by_copying(graph)
+    dequantize_late(graph)
+    own_zero_points(graph)
 
 
 def own_zero_points(graph: Graph) -> None:
@@ -46,8 +46,8 @@ def own_zero_points(graph: Graph) -> None:
         taken.add(zero_point)
 
 
-def take_wholes(graph: Graph) -> Graph:
-    """Let a Concat that takes all slices of a tensor in order take the tensor itself; returns the new graph.
+def take_wholes(graph: Graph) -> None:
+    """Let a Concat that takes all slices of a tensor in order take the tensor itself.
 
     In channels-last order each slice is copied position by position, a few bytes at a time. Called before
     there are quantizers between the two.
@@ -61,7 +61,6 @@ def take_wholes(graph: Graph) -> Graph:
             node.input[:] = wholes
     used = {name for node in graph.nodes for name in node.input} | {item.name for item in graph.model.graph.output}
     graph.replace([node for node in graph.nodes if node.output[0] in used or node.output[0] not in replaced])
-    return Graph(graph.model)
 
 
 def _wholes(graph: Graph, concat: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> list[str]:

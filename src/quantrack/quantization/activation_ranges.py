@@ -21,9 +21,9 @@ Range = tuple[float, float]
 class MinMaxActivationRanges:
     """Ranges that clip nothing seen during calibration, and little else.
 
-    They are wider than what was seen by `margin` over the number of pictures, and twice as wide at most: the fewer
-    were seen, the more often others reach further, and where channels are equalized, any of them may be clipped.
-    The first convolution's input has the range that pictures can have, 0 to 1, whatever was seen.
+    They are widened by `margin` over the number of pictures, at most doubled: the fewer were seen, the further others
+    will reach, and where channels are equalized, any of them may be clipped. The first convolution's input has the
+    range that pictures can have, 0 to 1, whatever was seen.
     """
 
     margin: float = 0.0

@@ -37,9 +37,9 @@ def apply_recipe(
     probe = float_probe(job) if start < len(steps) else None
     before = output_divergence(job, probe)
     for step, key in zip(steps[start:], keys[start:], strict=True):
-        began, kept = time.perf_counter(), job.kept_time.seconds
+        began, kept = time.perf_counter(), job.cached_time.seconds
         figures = step.apply(job)
-        seconds = time.perf_counter() - began + job.kept_time.seconds - kept
+        seconds = time.perf_counter() - began + job.cached_time.seconds - kept
         after = output_divergence(job, probe)
         apart = {"divergence_before": before, "divergence_after": after}
         known = {name: value for name, value in apart.items() if value is not None}

@@ -11,6 +11,7 @@ their mean score decides the shift of the few that are objects.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from quantrack.progress import track
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import quantized_layers
+from quantrack.quantization.layers import quantized_layers, set_bias
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -30,20 +31,16 @@ class BiasCorrection:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         layers = quantized_layers(job.model)
         shifts = {name: torch.zeros(layer.out_channels, device=job.device) for name, layer in layers.items()}
-        handles = [
-            layer.register_forward_hook(_corrector(job.float_model.get_submodule(name), shifts[name]))
-            for name, layer in layers.items()
-        ]
-        try:
-            with torch.no_grad():
-                for batch in track(job.batches(), "correcting biases", total=job.batch_count):
-                    job.model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name, layer in layers.items():
+                corrector = _corrector(job.float_model.get_submodule(name), shifts[name])
+                hooks.enter_context(layer.register_forward_hook(corrector))
+            for batch in track(job.batches(), "correcting biases", total=job.batch_count):
+                job.model(batch)
         images = len(job.calibration.paths)
         for name, layer in layers.items():
-            _add_to_bias(layer, shifts[name] / images)
+            shift = shifts[name] / images
+            set_bias(layer, shift if layer.bias is None else layer.bias + shift)
         largest = max(float((shift / images).abs().max()) for shift in shifts.values())
         return {"largest_shift": largest}
 
@@ -58,10 +55,3 @@ def _corrector(float_layer: nn.Module, total: Tensor) -> Hook:
         return corrected
 
     return correct
-
-
-def _add_to_bias(layer: nn.Conv2d, shift: Tensor) -> None:
-    if layer.bias is None:
-        layer.bias = nn.Parameter(shift.clone(), requires_grad=False)
-    else:
-        layer.bias.data += shift

@@ -16,8 +16,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from quantrack.quantization.input_columns import drawn_columns, input_columns, m
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
 from quantrack.quantization.state import DAMAGED
-from quantrack.quantization.step_cache import forget_oldest, kept_path, step_keys
+from quantrack.quantization.step_cache import cache_path, forget_oldest, step_keys
 from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
@@ -102,7 +103,7 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
         return found
     layers = sorted(quantized_layers(job.model))
     (key,) = step_keys(replace(job, scheme=ANY_MODE, plan=None), [(sampling, layers)])
-    folder = kept_path(key, "curvatures")
+    folder = cache_path(key, "curvatures")
     if folder.is_dir():
         try:
             kept, seconds = _read(folder, layers)
@@ -112,9 +113,9 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
             say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
             with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
                 os.utime(folder)
-            job.kept_time.count(key, seconds)
+            job.cached_time.count(key, seconds)
             return ({name: one.to(job.device) for name, one in of.items()} for of in kept)
-    job.kept_time.count(key, 0.0)
+    job.cached_time.count(key, 0.0)
     return _kept(found, folder)
 
 
@@ -126,10 +127,10 @@ def curvatures_so_far(job: QuantizationJob, sampling: Sampling) -> Curvatures:
     return _curvatures(job, job.model, sampling)
 
 
-def _curvatures(job: QuantizationJob, seen: nn.Module, sampling: Sampling) -> Curvatures:
+def _curvatures(job: QuantizationJob, model: nn.Module, sampling: Sampling) -> Curvatures:
     """A Hessian takes 4 bytes * groups * (inputs per group)^2: a block is looked at as often as the memory needs."""
     positions = _Positions(sampling, job)
-    with BlockWalk(seen, sampling.batches(job), job.device, sampling.memory_gb) as walk:
+    with BlockWalk(model, sampling.batches(job), job.device, sampling.memory_gb) as walk:
         for block in track(walk.blocks, "GPTQ"):
             layers = layers_of_block(job.model, block)
             weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -180,9 +181,9 @@ class _Positions:
         if (sampling.importance_share > 0 or sampling.covariances) and head_levels(job.float_model):
             names = list(quantized_layers(job.model))
             count = job.batch_count * (2 if sampling.mirrored else 1)
-            seen = with_covariance if sampling.covariances else without_covariance
+            summarize = with_covariance if sampling.covariances else without_covariance
             for pictures in track(sampling.batches(job), "GPTQ: importance of positions", total=count):
-                found = output_importance(job.float_model, names, pictures, self.generator, seen)
+                found = output_importance(job.float_model, names, pictures, self.generator, summarize)
                 self.importance.append({name: of.positions.cpu() for name, of in found.items()})
                 for name, of in found.items():
                     if of.covariance is not None:
@@ -223,18 +224,12 @@ def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positi
         sums[name] = before[0] + inputs_sum, before[1] + drawn_sum, before[2] + sum_
         pictures[name] += len(x)
 
-    handles = [
-        walk.model.get_submodule(name).register_forward_pre_hook(
-            lambda layer, inputs, name=name: collect(name, layer, inputs)
-        )
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hook = partial(collect, name)
+            hooks.enter_context(walk.model.get_submodule(name).register_forward_pre_hook(hook))
         for current in range(walk.batch_count):
             run_block(walk.model, block, walk.inputs(block, current))
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {}
     for name, of in sums.items():
         inputs, drawn_mean, mean = (one / pictures[name] for one in of)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from quantrack.datasets.pictures import PAD_VALUE
 from quantrack.detector.heads import RawOutputTap, head_levels, raw_outputs
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
@@ -25,7 +26,7 @@ from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
 
-PAD = 114 / 255  # the letterbox's grey
+PAD = PAD_VALUE / 255
 CHECKS = 10
 WARM_UP = 10
 

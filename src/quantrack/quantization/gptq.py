@@ -24,6 +24,7 @@ from quantrack.quantization.coordinate_descent import (
     towards_diagonal,
 )
 from quantrack.quantization.curvature import Curvature, Sampling, curvatures_so_far, float_curvatures
+from quantrack.quantization.fit_pair_sums import SMALLEST_RAISE, is_depthwise, largest_pair
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     Bits,
@@ -36,8 +37,7 @@ from quantrack.quantization.layers import (
     weight_range,
     weight_scale,
 )
-from quantrack.quantization.pair_sums import SMALLEST_RAISE, is_depthwise, largest_pair
-from quantrack.schemes import LARGEST_PAIR
+from quantrack.schemes import MAX_PAIR_SUM
 
 INPUTS = ("float", "quantized")
 FIT_TRIALS = 8
@@ -45,14 +45,15 @@ FIT_TRIALS = 8
 
 @dataclass(frozen=True)
 class Gptq:
-    """Weights become points of their grid, which each output channel chooses: of its scale times each
-    of `scale_factors`, the one that leaves the least error after rounding. `sweeps` of coordinate
-    descent then lessen the error of each output channel further, and `output_sweeps` that of all
-    channels together, whose covariances count by `output_share`.
+    """GPTQ with scales chosen by output channel, then coordinate descent.
 
-    The scale of least error makes a layer's answer to its input a little too small. With `unshrunken` the scale
-    is raised until the answer is as large as before: noise of many layers adds up by its variance, shrinking by
-    its amount, and objects would lose confidence.
+    Of its scale times each of `scale_factors`, an output channel takes the one that leaves the least error after
+    rounding. `sweeps` of coordinate descent then reduce the error of each output channel further, and `output_sweeps`
+    that of all channels together, whose covariances count by `output_share`.
+
+    The scale of least error makes a layer's response to its input a little too weak. With `unshrunken` the scale is
+    raised until the response is as strong as before: rounding noise of many layers adds up in variance, but this
+    attenuation compounds from layer to layer, and objects would lose confidence.
 
     With `fit_pairs`, channels of 8 bits are rounded again at larger scales where two neighbours exceed what integer
     kernels add exactly; `fit_pair_sums` after it sees to what is left after `FIT_TRIALS`.
@@ -156,7 +157,7 @@ class Gptq:
     def fitted(
         self, weight: Tensor, rounded: Tensor, chosen: Tensor, bits: Bits, hessian: Tensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """Rounded weights and scales, channels with neighbours that exceed `LARGEST_PAIR` anew at larger scales.
+        """Rounded weights and scales, channels with neighbours that exceed `MAX_PAIR_SUM` anew at larger scales.
 
         Each of these is rounded for itself. `shape` is that of the convolution's weight.
         """
@@ -165,10 +166,10 @@ class Gptq:
         weight = torch.maximum(torch.minimum(weight, highest), lowest)  # what was cut stays cut
         for _ in range(FIT_TRIALS):
             largest = largest_pair((rounded / chosen[:, :, None]).reshape(shape)).reshape(chosen.shape)
-            exceeds = largest > LARGEST_PAIR
+            exceeds = largest > MAX_PAIR_SUM
             if not exceeds.any():
                 break
-            start = torch.where(exceeds, start * SMALLEST_RAISE * largest / LARGEST_PAIR, start)
+            start = torch.where(exceeds, start * SMALLEST_RAISE * largest / MAX_PAIR_SUM, start)
             again, scales = at_one_scale.rounded(weight, start, bits, hessian)
             rounded = torch.where(exceeds[:, :, None], again, rounded)
             chosen = torch.where(exceeds, scales, chosen)

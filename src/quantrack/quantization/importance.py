@@ -9,6 +9,7 @@ arXiv:1412.1193, section 8) of their squared error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -44,19 +45,19 @@ def with_covariance(shares: Tensor) -> OutputImportance:
     return OutputImportance(shares.square().sum(dim=1), torch.einsum("bop,bqp->oq", flat, flat))
 
 
-Seen = Callable[[Tensor], OutputImportance]
+Summary = Callable[[Tensor], OutputImportance]
 
 
 def output_importance(
-    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator, seen: Seen
+    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator, summarize: Summary
 ) -> dict[str, OutputImportance]:
-    """Of each named convolution, for one batch [B, 3, S, S]: `seen` of the gradients of its outputs.
+    """Of each named convolution, for one batch [B, 3, S, S]: `summarize` of the gradients of its outputs.
 
     A picture's gradients are divided by their norm: a few pictures have gradients a hundred times those
     of others, from a single output whose linear approximation goes much too far.
     """
     parts = [
-        _importance_at_once(model, names, part, generator, seen)
+        _importance_at_once(model, names, part, generator, summarize)
         for part in torch.split(pictures, pictures_of_a_backward_pass(model))
     ]
     return {name: _together([part[name] for part in parts]) for name in parts[0]}
@@ -77,28 +78,25 @@ def pictures_of_a_backward_pass(model: nn.Module) -> int:
 
 
 def _importance_at_once(
-    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator, seen: Seen
+    model: nn.Module, names: list[str], pictures: Tensor, generator: torch.Generator, summarize: Summary
 ) -> dict[str, OutputImportance]:
     found: dict[str, OutputImportance] = {}
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(gradient: Tensor) -> None:
             norms = gradient.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-30)
-            found[name] = seen(gradient / norms)
+            found[name] = summarize(gradient / norms)
 
         def watch_output(module: nn.Module, inputs: object, output: Tensor) -> None:
             output.register_hook(keep)  # type: ignore[no-untyped-call]
 
         return watch_output
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    try:
-        with torch.enable_grad(), raw_outputs(model) as tap:
-            model(pictures.clone().requires_grad_())
-            random_projection(tap.taken(), generator).backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad(), raw_outputs(model) as tap:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(watch(name)))
+        model(pictures.clone().requires_grad_())
+        random_projection(tap.taken(), generator).backward()  # type: ignore[no-untyped-call]
     return found
 
 

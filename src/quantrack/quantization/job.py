@@ -56,14 +56,14 @@ class ActivationStatistics:
 
 
 @dataclass
-class KeptTime:
-    """What it took, in earlier runs, to measure what steps of this job find kept; each such result counts once."""
+class CachedTime:
+    """Seconds that earlier runs spent on results that this job reads from the cache, each counted once."""
 
     seconds: float = 0.0
     counted: set[str] = field(default_factory=set)
 
     def count(self, key: str, seconds: float) -> None:
-        """Add the seconds of a kept result, unless this job has counted them or done the work itself."""
+        """Add the seconds of a cached result, unless this job has counted them or done the work itself."""
         if key not in self.counted:
             self.counted.add(key)
             self.seconds += seconds
@@ -74,7 +74,7 @@ class QuantizationJob:
     """The state that a recipe's steps hand on. `float_model` is never changed.
 
     `seed` is that of every random draw of the steps; `plan` gives each convolution's weight bits, where
-    roles are not to decide them. Jobs that are made of one another share `kept_time`.
+    roles are not to decide them. Jobs that are made of one another share `cached_time`.
     """
 
     float_model: nn.Module
@@ -89,7 +89,7 @@ class QuantizationJob:
     plan: BitPlan | None = None
     batch: int = 8
     statistics: Mapping[str, ActivationStatistics] = field(default_factory=dict)
-    kept_time: KeptTime = field(default_factory=KeptTime)
+    cached_time: CachedTime = field(default_factory=CachedTime)
 
     def batches(self) -> Iterator[Tensor]:
         """Calibration inputs, shape [<=batch, 3, imgsz, imgsz], on the job's device."""
@@ -135,7 +135,8 @@ def new_job(
     detector: Detector, scheme: Scheme, calibration: CalibrationSet, imgsz: int, device: torch.device, seed: int
 ) -> QuantizationJob:
     """A job whose model is still the float one, ready for a recipe's first step."""
-    float_model = detector.model.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload]
+    float_model = copy.deepcopy(detector.model).to(device)  # the detector stays where it is
+    float_model = float_model.to(memory_format=memory_format(device))  # type: ignore[call-overload]
     return QuantizationJob(
         float_model,
         copy.deepcopy(float_model),

@@ -158,7 +158,6 @@ def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
             it pads with something else than zeros.
     """
     for name, layer_plan in plan.items():
-        parent, _, child = name.rpartition(".")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, nn.Conv2d)
         if convolution.padding_mode != "zeros":
@@ -168,7 +167,7 @@ def insert_quantizers(model: nn.Module, plan: Mapping[str, LayerPlan]) -> None:
             )
         if getattr(convolution, "input_scale", None) is not None:
             raise QuantrackError(f"insert quantizers: {name}'s channels are equalized already; insert them first, once")
-        setattr(model.get_submodule(parent), child, _quantized_twin(convolution, layer_plan))
+        model.set_submodule(name, _quantized_twin(convolution, layer_plan))
 
 
 def _quantized_twin(convolution: nn.Conv2d, plan: LayerPlan) -> QuantizedConvolution:
@@ -280,12 +279,6 @@ def equalized_weight(float_weight: Tensor, layer: QuantizedConvolution) -> Tenso
     return float_weight / of_weight_columns(layer.input_scale.flatten(), layer)
 
 
-def effective_weight(layer: QuantizedConvolution) -> Tensor:
-    """The quantized weights as they meet the input before its channels are equalized, [O, I/g, kh, kw]."""
-    weight: Tensor = layer.quant_weight().value.detach()
-    return weight if layer.input_scale is None else weight * of_weight_columns(layer.input_scale.flatten(), layer)
-
-
 def weight_bits(layer: QuantizedConvolution) -> int:
     """Bits of the layer's weights, most where channels differ; asking the proxy would quantize them all to answer."""
     return int(layer.weight_quant.tensor_quant.msb_clamp_bit_width_impl().item())
@@ -344,6 +337,11 @@ def weight_scale(layer: QuantizedConvolution) -> Tensor:
     return scale.detach().reshape(-1)
 
 
+def set_bias(layer: QuantizedConvolution, bias: Tensor) -> None:
+    """Set the bias, shape [out_channels]; a layer without one gets it."""
+    layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+
 def set_activation_range(layer: QuantizedConvolution, minimum: float, maximum: float) -> None:
     """Set the input quantizer's range; a symmetric one covers the larger side."""
     quantizer = layer.input_quant.fused_activation_quant_proxy.tensor_quant
@@ -379,11 +377,13 @@ class ActivationQuantization:
 
     @property
     def minimum(self) -> float:
-        return (-128 if self.signed else 0 - self.zero_point) * self.scale
+        scale, zero_point, lowest, _ = self.grid
+        return (lowest - zero_point) * scale
 
     @property
     def maximum(self) -> float:
-        return (127 if self.signed else 255 - self.zero_point) * self.scale
+        scale, zero_point, _, highest = self.grid
+        return (highest - zero_point) * scale
 
 
 def activation_quantization(layer: QuantizedConvolution) -> ActivationQuantization | None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import OFFERED_BITS, PLANNED_BY, require_choice
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import quantized_layers
-from quantrack.quantization.sensitivity import LayerSensitivity, LayerTrials, kept_sensitivity, plan_bits
+from quantrack.quantization.sensitivity import LayerSensitivity, SensitivityMeasurement, cached_sensitivity, make_plan
 
 FEWEST = 4  # of bits by role
 
@@ -42,9 +42,9 @@ class PlanBits:
             return {}
         if quantized_layers(job.model):
             raise UsageError("plan_bits: quantizers that have their bits are there already; make it the first step")
-        rows = kept_sensitivity(job, LayerTrials(bits=self.bits))
+        rows = cached_sensitivity(job, SensitivityMeasurement(bits=self.bits))
         average = average_by_role(rows, max(self.bits)) if self.average is None else self.average
-        job.plan = plan_bits(job, rows, average, self.by)
+        job.plan = make_plan(job, rows, average, self.by)
         return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}
 
 

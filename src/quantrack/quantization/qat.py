@@ -20,11 +20,13 @@ from quantrack.detector.heads import RawOutputs, raw_outputs_in_training
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.detector.student import Student
 from quantrack.errors import QuantrackError, UsageError
+from quantrack.quantization.channel_equalization import require_scales_of_tensors
 from quantrack.quantization.divergence import divergence
+from quantrack.quantization.fit_pair_sums import FitPairSums
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.layers import layer_plans, quantized_layers
-from quantrack.quantization.pair_sums import FitPairSums
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
+from quantrack.schemes import one_scale_for
 
 FEATURE_WEIGHT = 1.0
 BIAS_SHARE = 0.1  # of `lr0`; biases are absolute
@@ -74,14 +76,16 @@ class FloatTeacher:
         return self.weight * divergence(outputs, taught).total(FEATURE_WEIGHT)
 
 
-def require_activations_for(model: nn.Module, variant: Mapping[str, str]) -> None:
+def require_suits_variant(model: nn.Module, variant: Mapping[str, str]) -> None:
     """Refuse a start whose activations a variant's runtime cannot take, before it is trained.
 
-    Integer kernels want asymmetric ones, TensorRT symmetric ones.
+    Integer kernels want asymmetric ones, TensorRT symmetric ones, both one scale for a whole tensor.
 
     Raises:
         QuantrackError: a convolution has others.
     """
+    if wanted_for := one_scale_for(variant):
+        require_scales_of_tensors(model, wanted_for)
     wanting = {"placement=full": "asymmetric", "target=tensorrt": "symmetric"}
     for name, value in variant.items():
         wanted = wanting.get(f"{name}={value}")
@@ -102,8 +106,7 @@ def leave_dfl_float(job: QuantizationJob) -> None:
     roles = convolution_roles(job.float_model)
     for name in quantized_layers(job.model):
         if roles[name] is Role.DFL:
-            parent, _, child = name.rpartition(".")
-            setattr(job.model.get_submodule(parent), child, copy.deepcopy(job.float_model.get_submodule(name)))
+            job.model.set_submodule(name, copy.deepcopy(job.float_model.get_submodule(name)))
 
 
 def new_student(job: QuantizationJob, settings: Qat, auxiliary: tuple[nn.Module, nn.Module] | None) -> Student:
@@ -117,7 +120,7 @@ def take_over_student(job: QuantizationJob, student: Student) -> None:
     take_over(job.model, trainable_layers(student.network))
 
 
-def suit_integer_kernels(job: QuantizationJob) -> StepReport:
+def refit_pair_sums(job: QuantizationJob) -> StepReport:
     """Raise scales again where training has let weights outgrow what integer kernels add exactly."""
     began = time.perf_counter()
     figures = FitPairSums().apply(job)

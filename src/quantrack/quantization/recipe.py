@@ -15,22 +15,22 @@ import yaml
 
 from quantrack.detector.roles import Role
 from quantrack.errors import UsageError
+from quantrack.quantization.activation_range_search import ActivationRangeSearch
 from quantrack.quantization.activation_ranges import (
     MinMaxActivationRanges,
     MseActivationRanges,
     PercentileActivationRanges,
 )
 from quantrack.quantization.bias_correction import BiasCorrection
+from quantrack.quantization.block_reconstruction import BlockReconstruction
 from quantrack.quantization.channel_equalization import ChannelEqualization
 from quantrack.quantization.distillation import Distillation
+from quantrack.quantization.fit_pair_sums import FitPairSums
 from quantrack.quantization.gptq import Gptq
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import Step
-from quantrack.quantization.observe import ObserveActivations
-from quantrack.quantization.pair_sums import FitPairSums
+from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.plan_bits import PlanBits
-from quantrack.quantization.range_search import ActivationRangeSearch
-from quantrack.quantization.reconstruction import BlockReconstruction
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
 from quantrack.schemes import one_scale_for
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from quantrack.datasets.pictures import PAD_VALUE
 from quantrack.detector.roles import convolution_roles
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.layers import (
@@ -33,7 +34,7 @@ def calibration_record(job: QuantizationJob, steps: Sequence[StepReport]) -> dic
         "list": job.calibration.source,
         "digest": job.calibration.digest,
         "pictures": [path.name for path in job.calibration.paths],
-        "preprocessing": {"letterbox": job.imgsz, "pad": 114, "channels": "RGB", "range": [0, 1]},
+        "preprocessing": {"letterbox": job.imgsz, "pad": PAD_VALUE, "channels": "RGB", "range": [0, 1]},
         "steps": [asdict(step) for step in steps],
         "activation_quantizers": quantizers,
     }

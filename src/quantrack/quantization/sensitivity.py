@@ -9,49 +9,48 @@ and the raw outputs, or a score, are compared with the float ones.
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
-from quantrack.files import write_json
-from quantrack.progress import say, track
+from quantrack.progress import track
 from quantrack.quantization.bit_plan import OFFERED_BITS, BitPlan, LayerBits, LayerCost, require_choice, solve_bits
 from quantrack.quantization.curvature import Curvature, float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob, first_pictures
 from quantrack.quantization.layer_trials import trial_errors
-from quantrack.quantization.step_cache import kept_path, step_keys
+from quantrack.quantization.step_cache import cached, step_keys
 from quantrack.quantization.weight_scales import MseWeightScales, min_max_scale
 from quantrack.schemes import Scheme
 
+ESTIMATED, TRIED, SCORED = "gradient", "output", "mAP"
 MEASURES = {  # and what an error then is
-    "gradient": "squared error of objects' logits and boxes, by gradients",
-    "output": "divergence of raw outputs, by trials",
+    ESTIMATED: "squared error of objects' logits and boxes, by gradients",
+    TRIED: "divergence of raw outputs, by trials",
+    SCORED: "mAP50-95 lost, by trials",
 }
 MOST_TOGETHER = 2**23  # weights that GPTQ rounds at a time: many small steps are slow one number of bits at a time
 WEIGHTS_ONLY = Scheme("weights only", 4, None)
 
 
 @dataclass(frozen=True)
-class LayerTrials:
-    """Which bits each layer is tried at, and how.
+class SensitivityMeasurement:
+    """At which bits each layer is measured, and how.
 
-    `measure` is `gradient`, or `output` for trials on the first `images` calibration pictures.
+    `measure` is `gradient`, or `output` for trials on the first `images` calibration pictures, or `mAP`.
     """
 
     bits: tuple[int, ...] = OFFERED_BITS
-    measure: str = "gradient"
+    measure: str = ESTIMATED
     images: int = 32
     gptq_images: int = 100
 
@@ -110,45 +109,21 @@ class LayerSensitivity:
         return sum(self.channel_errors[each][channel] for channel, each in enumerate(bits))
 
 
-def kept_sensitivity(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
-    """The table, measured once for the same model, pictures, settings and code.
+def cached_sensitivity(job: QuantizationJob, settings: SensitivityMeasurement) -> tuple[LayerSensitivity, ...]:
+    """The table by gradients or by outputs, measured once for the same model, pictures, settings and code.
 
-    Activations do not enter it, so w4a8 and w4a16 share what is kept.
+    Activations do not enter it, so w4a8 and w4a16 share what is cached.
     """
     (key,) = step_keys(replace(job, scheme=WEIGHTS_ONLY, plan=None), [settings])
-    path = kept_path(f"{key}.json", "sensitivity")
-    if path.is_file():
-        try:
-            kept = _read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"cached sensitivity {path}: cannot be read ({type(error).__name__}); measuring again")
-        else:
-            say(f"sensitivity: {len(kept.rows)} layers, {kept.seconds:.1f} s (from the cache)")
-            job.kept_time.count(key, kept.seconds)
-            for part in kept.counted:  # in the seconds of the table
-                job.kept_time.count(part, 0.0)
-            return kept.rows
-    began, before, counted = time.perf_counter(), job.kept_time.seconds, set(job.kept_time.counted)
-    rows = _table(job, settings)
-    seconds = time.perf_counter() - began + job.kept_time.seconds - before
-    records = [asdict(row) | {"role": row.role.value} for row in rows]
-    write_json(path, {"seconds": seconds, "counted": sorted(job.kept_time.counted - counted), "rows": records})
-    job.kept_time.count(key, 0.0)
-    return rows
+    return cached(job, "sensitivity", key, lambda: _table(job, settings), _records, _rows)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A kept table, the seconds that it took, and the keys of what these count that steps may find kept as well."""
-
-    rows: tuple[LayerSensitivity, ...]
-    seconds: float
-    counted: tuple[str, ...]
+def _records(rows: Sequence[LayerSensitivity]) -> list[dict[str, object]]:
+    return [asdict(row) | {"role": row.role.value} for row in rows]
 
 
-def _read(path: Path) -> _Kept:
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    rows = [
+def _rows(records: Sequence[Any]) -> tuple[LayerSensitivity, ...]:
+    return tuple(
         LayerSensitivity(
             row["name"],
             Role(row["role"]),
@@ -156,15 +131,14 @@ def _read(path: Path) -> _Kept:
             {int(bits): error for bits, error in row["errors"].items()},
             {int(bits): tuple(errors) for bits, errors in row["channel_errors"].items()},
         )
-        for row in kept["rows"]
-    ]
-    return _Kept(tuple(rows), kept["seconds"], tuple(kept["counted"]))
+        for row in records
+    )
 
 
-def _table(job: QuantizationJob, settings: LayerTrials) -> tuple[LayerSensitivity, ...]:
+def _table(job: QuantizationJob, settings: SensitivityMeasurement) -> tuple[LayerSensitivity, ...]:
     rounded = rounded_weights(job, settings)
     roles = convolution_roles(job.float_model)
-    if settings.measure == "gradient":
+    if settings.measure == ESTIMATED:
         estimated = estimated_errors(job, rounded)
         return tuple(_estimated_row(name, roles[name], rounded[name], errors) for name, errors in estimated.items())
     tried = tried_errors(job, rounded, settings)
@@ -201,7 +175,7 @@ def mean_change(change: Tensor, mean_input: Tensor, groups: int) -> Tensor:
 
 
 def tried_errors(
-    job: QuantizationJob, rounded: Mapping[str, RoundedLayer], settings: LayerTrials
+    job: QuantizationJob, rounded: Mapping[str, RoundedLayer], settings: SensitivityMeasurement
 ) -> dict[str, dict[int, float]]:
     """The error of each convolution at each number of bits, alone; `job` is left as it was.
 
@@ -217,7 +191,7 @@ def tried_errors(
 
 
 def measure_score_sensitivity(
-    job: QuantizationJob, settings: LayerTrials, score: Callable[[nn.Module], float]
+    job: QuantizationJob, settings: SensitivityMeasurement, score: Callable[[nn.Module], float]
 ) -> tuple[LayerSensitivity, ...]:
     """The table with what a score of the whole detector loses, at least 0, as errors.
 
@@ -237,7 +211,7 @@ def measure_score_sensitivity(
     return tuple(rows)
 
 
-def plan_bits(
+def make_plan(
     job: QuantizationJob, rows: Sequence[LayerSensitivity], average_bits: float, plan_by: str = "layer"
 ) -> BitPlan:
     """The plan of least total error whose weighted average is at most `average_bits`.
@@ -253,7 +227,7 @@ def plan_bits(
     )
 
 
-def rounded_weights(job: QuantizationJob, settings: LayerTrials) -> dict[str, RoundedLayer]:
+def rounded_weights(job: QuantizationJob, settings: SensitivityMeasurement) -> dict[str, RoundedLayer]:
     """Every convolution's weights by module name, on their grids of each of the numbers of bits.
 
     Time: two passes over the GPTQ pictures, and one forward and back.

@@ -7,19 +7,21 @@ settings of the step and of all before it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from quantrack.detector.environment import cache_folder
-from quantrack.files import atomic_path, combined_digest, file_digest
+from quantrack.cache import cache_folder
+from quantrack.files import atomic_path, code_digests, combined_digest, write_json
 from quantrack.progress import say
 from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob, StepReport
@@ -28,8 +30,8 @@ from quantrack.quantization.state import DAMAGED, model_of_state, model_state
 WORTH_SECONDS = 3.0
 LIMIT_BYTES = 4_000_000_000
 WRITTEN_WITHIN = 86_400.0  # seconds; what a killed process left is older
-PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization")  # whose code decides what a step gives
+T = TypeVar("T")
 LIBRARIES = ("brevitas", "numpy", "opencv-python", "scipy", "torch", "ultralytics")  # and whose versions do
 
 
@@ -49,8 +51,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
             job.device.type,
             str(torch.get_num_threads()),
             *(f"{name} {version(name)}" for name in LIBRARIES),
-            *(file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))),
-            file_digest(PACKAGE / "schemes.py"),
+            *code_digests(ROOMS),
         ]
     )
     keys = []
@@ -65,7 +66,7 @@ def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> 
     state = model_state(job.model) | {
         "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
         "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
-        "counted": sorted(job.kept_time.counted),
+        "counted": sorted(job.cached_time.counted),
         "plan": None if job.plan is None else dict(job.plan.bits),
     }
     path = _path(key)
@@ -94,19 +95,52 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
         return None
     job.model, job.statistics, job.plan = model, statistics, plan
     for key_of_part in state["counted"]:  # in the reports' seconds
-        job.kept_time.count(key_of_part, 0.0)
+        job.cached_time.count(key_of_part, 0.0)
     with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
         os.utime(path)
     return reports
 
 
-def kept_path(key: str, kind: str) -> Path:
+def cached(
+    job: QuantizationJob,
+    kind: str,
+    key: str,
+    measure: Callable[[], T],
+    write: Callable[[T], object],
+    read: Callable[[Any], T],
+) -> T:
+    """What `measure` gives, measured once for a key; what it took counts in the job either way.
+
+    `write` turns it into JSON, `read` back; `read` may raise `ValueError`, `KeyError` or `TypeError`.
+    """
+    path = cache_path(f"{key}.json", kind)
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            value, seconds, parts = read(found["value"]), float(found["seconds"]), list(found["counted"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            say(f"cached {kind} {path}: cannot be read ({type(error).__name__}); measuring again")
+        else:
+            say(f"{kind}: {seconds:.1f} s (from the cache)")
+            job.cached_time.count(key, seconds)
+            for part in parts:  # in these seconds
+                job.cached_time.count(part, 0.0)
+            return value
+    began, before, known = time.perf_counter(), job.cached_time.seconds, set(job.cached_time.counted)
+    value = measure()
+    seconds = time.perf_counter() - began + job.cached_time.seconds - before
+    write_json(path, {"seconds": seconds, "counted": sorted(job.cached_time.counted - known), "value": write(value)})
+    job.cached_time.count(key, 0.0)
+    return value
+
+
+def cache_path(key: str, kind: str) -> Path:
     """Where a result of a kind ("steps", "sensitivity", ...) is kept."""
     return cache_folder() / kind / key
 
 
 def _path(key: str) -> Path:
-    return kept_path(f"{key}.pt", "steps")
+    return cache_path(f"{key}.pt", "steps")
 
 
 def forget_oldest(folder: Path, keep: Path) -> None:

@@ -25,6 +25,7 @@ from quantrack.quantization.layers import (
     equalized_weight,
     quantized_layers,
     set_activation_range,
+    set_bias,
     set_weight_scale,
     weight_bits,
     weight_limit,
@@ -164,9 +165,8 @@ def trainable_twin(model: nn.Module, float_model: nn.Module) -> nn.Module:
     """A copy of a quantized model in which every quantized convolution can be trained."""
     twin = copy.deepcopy(model).requires_grad_(False)
     for name, layer in quantized_layers(model).items():
-        parent, _, child = name.rpartition(".")
         float_weight: Tensor = float_model.get_submodule(name).weight  # type: ignore[assignment]
-        setattr(twin.get_submodule(parent), child, TrainableConvolution(layer, float_weight))
+        twin.set_submodule(name, TrainableConvolution(layer, float_weight))
     return twin
 
 
@@ -207,7 +207,4 @@ def take_over(model: nn.Module, trained_layers: Mapping[str, TrainableConvolutio
         if chosen is not None:
             learned = replace(chosen, scale=chosen.scale * float(trained.input_log_change.exp()))
             set_activation_range(layer, *learned.range)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(trained.bias.detach().clone(), requires_grad=False)
-        else:
-            layer.bias.data.copy_(trained.bias)
+        set_bias(layer, trained.bias)

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from quantrack.datasets.pictures import PAD_VALUE
 from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.runtime.session import CPU, Session
@@ -62,15 +63,6 @@ class Ratio:
 
 def _interval_metrics(name: str, low: float | None, high: float | None) -> dict[str, float]:
     return {} if low is None or high is None else {f"{name}_ci_low": low, f"{name}_ci_high": high}
-
-
-def measure_latency(session: Session, runs: int) -> Latency:
-    """Time `runs` single-picture runs of one session.
-
-    Raises:
-        UsageError: `runs` is not positive.
-    """
-    return measure_in_turns([session], runs)[0][0]
 
 
 def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Latency, ...], tuple[Ratio, ...]]:
@@ -136,7 +128,7 @@ def _time(run: Callable[[], object], runs: int) -> Milliseconds:
 
 def _one_run(session: Session) -> Callable[[], object]:
     """What is timed: one grey picture through the network, as the session's settings bind input and output."""
-    images = np.full((1, 3, session.imgsz, session.imgsz), 114 / 255, np.float32)
+    images = np.full((1, 3, session.imgsz, session.imgsz), PAD_VALUE / 255, np.float32)
     if not session.settings.io_binding:
         return partial(session.run, images)
     binding = _bind(session, images)

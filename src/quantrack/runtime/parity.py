@@ -1,7 +1,8 @@
 """How far ONNX Runtime's outputs are from PyTorch's, on real pictures.
 
-Boxes are compared as a fraction of the input's side, so that they and the scores share one scale.
-A quantized network agrees only statistically: a value on a rounding edge may fall either way.
+What either of the two detects is compared; nearly all other positions are background, whose equal zeros say nothing.
+Boxes count as a fraction of the input's side, so that they and the scores share one scale. A quantized network agrees
+only statistically: a value on a rounding edge may fall either way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from quantrack.errors import QuantrackError
 from quantrack.runtime.session import Session
+from quantrack.schemes import ONE2MANY, ONE2ONE
 
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 SHOWN_SCORE = 0.05  # below it, the order of one-to-one rows is noise
@@ -23,7 +25,7 @@ SHOWN_SCORE = 0.05  # below it, the order of one-to-one rows is noise
 
 @dataclass(frozen=True)
 class Parity:
-    """Mean and largest absolute difference; `unmatched` one-to-one detections had no partner.
+    """Mean and largest absolute difference; `unmatched` one-to-one detections of either had no partner.
 
     The differences are None where no picture had a detection to compare.
     """
@@ -46,6 +48,12 @@ def measure_parity(reference: Network, session: Session, inputs: Iterable[NDArra
     Raises:
         QuantrackError: an output is not finite.
     """
+    if head == ONE2ONE:
+        compare = one2one_differences
+    elif head == ONE2MANY:
+        compare = one2many_differences
+    else:
+        raise QuantrackError(f"head={head}: unknown; use {ONE2ONE} or {ONE2MANY}")
     differences: list[NDArray[np.float32]] = []
     pictures = unmatched = 0
     for image in inputs:
@@ -53,19 +61,31 @@ def measure_parity(reference: Network, session: Session, inputs: Iterable[NDArra
         actual = session.run(image[None])[0]
         if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
             raise QuantrackError(f"{session.path}: the output is not finite; check the weights")
-        if head == "one2one":
-            expected, actual, lost = match_rows(expected, actual)
-            unmatched += lost
-        else:
-            expected, actual = expected.T, actual.T
-        scale = np.ones(expected.shape[1], np.float32)
-        scale[:4] = session.imgsz
-        differences.append(np.abs(expected - actual) / scale)
+        found, alone = compare(expected, actual, session.imgsz)
+        differences.append(found)
+        unmatched += alone
         pictures += 1
-    values = np.concatenate([difference.ravel() for difference in differences])
+    values = np.concatenate(differences)
     if values.size == 0:
         return Parity(None, None, pictures, unmatched)
     return Parity(float(values.mean()), float(values.max()), pictures, unmatched)
+
+
+def one2many_differences(
+    expected: NDArray[np.float32], actual: NDArray[np.float32], imgsz: int
+) -> tuple[NDArray[np.float32], int]:
+    """Of outputs [4 + classes, anchors], which pair by themselves: the boxes and scores of what either detects."""
+    shown = np.maximum(expected[4:], actual[4:]) >= SHOWN_SCORE
+    apart = np.abs(expected - actual)
+    return np.concatenate([apart[:4, shown.any(axis=0)].ravel() / imgsz, apart[4:][shown]]), 0
+
+
+def one2one_differences(
+    expected: NDArray[np.float32], actual: NDArray[np.float32], imgsz: int
+) -> tuple[NDArray[np.float32], int]:
+    """Of rows [300, 6]: the boxes and scores of pairs, and how many detections of either have no partner."""
+    left, right, unmatched = match_rows(expected, actual)
+    return (np.abs(left - right) / np.array([imgsz, imgsz, imgsz, imgsz, 1], np.float32)).ravel(), unmatched
 
 
 def torch_network(model: nn.Module) -> Network:
@@ -96,21 +116,33 @@ def match_rows(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
     """Pair one-to-one rows [300, 6] by class and nearest box; rows are sorted by score, which may swap.
 
+    Each detection of `expected` takes a row of `actual`, then each of `actual` that is left a row of `expected`.
+
     Returns:
-        The paired (box, score) rows of both, shape [pairs, 5], and how many rows found no partner.
+        The paired (box, score) rows of both, shape [pairs, 5], and how many detections of either found no partner.
     """
-    left: list[NDArray[np.float32]] = []
-    right: list[NDArray[np.float32]] = []
-    shown = expected[expected[:, 4] >= SHOWN_SCORE]
-    free = np.ones(len(actual), bool)
-    for row in shown:
-        same = np.flatnonzero(free & (actual[:, 5] == row[5]))
-        if len(same) == 0:
-            continue
-        nearest = same[np.abs(actual[same, :4] - row[:4]).sum(axis=1).argmin()]
-        free[nearest] = False
-        left.append(row[:5])
-        right.append(actual[nearest, :5])
-    empty = np.empty((0, 5), np.float32)
-    pairs = (np.stack(left), np.stack(right)) if left else (empty, empty)
-    return *pairs, len(shown) - len(left)
+    unpaired = np.ones(len(expected), bool), np.ones(len(actual), bool)
+    pairs: list[tuple[int, int]] = []
+    alone = 0
+    for index in map(int, np.flatnonzero(expected[:, 4] >= SHOWN_SCORE)):
+        partner = _nearest(expected[index], actual, unpaired[1])
+        if partner is None:
+            alone += 1
+        else:
+            pairs.append((index, partner))
+            unpaired[0][index] = unpaired[1][partner] = False
+    for index in map(int, np.flatnonzero((actual[:, 4] >= SHOWN_SCORE) & unpaired[1])):
+        partner = _nearest(actual[index], expected, unpaired[0])
+        if partner is None:
+            alone += 1
+        else:
+            pairs.append((partner, index))
+            unpaired[0][partner] = False
+    left, right = ([pair[side] for pair in pairs] for side in (0, 1))
+    return expected[left, :5], actual[right, :5], alone
+
+
+def _nearest(row: NDArray[np.float32], among: NDArray[np.float32], free: NDArray[np.bool_]) -> int | None:
+    """The free row of the same class whose box is nearest; None if there is none."""
+    same = np.flatnonzero(free & (among[:, 5] == row[5]))
+    return int(same[np.abs(among[same, :4] - row[:4]).sum(axis=1).argmin()]) if len(same) else None

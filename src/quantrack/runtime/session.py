@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class SessionSettings:
             if getattr(self, item.name) != item.default
         ]
         return ", ".join(differing) or "defaults"
+
+    def record(self) -> dict[str, object]:
+        """`session.json`: every setting, with the threads that 0 comes to here."""
+        return asdict(self) | {"threads": self.threads or usable_cores()}
 
 
 REFERENCE = SessionSettings(optimization="off")  # every node as the file states it, Q/DQ in float

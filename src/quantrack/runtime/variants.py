@@ -7,13 +7,13 @@ from itertools import islice
 from torch import nn
 
 from quantrack.datasets.calibration import CalibrationSet
-from quantrack.onnx.files import ExportedFiles, for_tensorrt, in_float16, pack_weights, place_in_full
+from quantrack.onnx.exported_files import ExportedFiles, for_tensorrt, in_float16, pack_weights, place_in_full
 from quantrack.onnx.full_placement import observable_tensors
 from quantrack.onnx.inspect import ModelFacts
 from quantrack.progress import say
-from quantrack.runtime.observe import observe_tensors
 from quantrack.runtime.parity import Network, require_same_outputs, torch_network
 from quantrack.runtime.session import CPU, REFERENCE, TENSORRT, open_session, resolve_provider
+from quantrack.runtime.tensor_ranges import observe_tensors
 
 FULL, INT4, FLOAT16, TENSORRT_READY = "full", "int4", "fp16", "tensorrt"
 COMPARED_PICTURES = 2
@@ -31,7 +31,7 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
         files = place_in_full(files, facts, observe_tensors(files.optimized, tensors, pictures, count, provider))
     if facts.precision == FLOAT16:
         files = in_float16(files, facts)
-        tell_of_float16(provider)
+        warn_of_float16(provider)
     if facts.target == TENSORRT_READY:
         files = for_tensorrt(files, facts)
         ran = resolve_provider(provider)
@@ -45,7 +45,7 @@ def make_variant(files: ExportedFiles, facts: ModelFacts, calibration: Calibrati
     return files
 
 
-def tell_of_float16(provider: str) -> None:
+def warn_of_float16(provider: str) -> None:
     """Say so where a float16 file is no gain."""
     if resolve_provider(provider) == CPU:
         say("precision=fp16: ONNX Runtime's CPU provider computes it in float32, slower than the fp32 file")

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import Run
 
 from quantrack.comparison.runs import ACCURACY, LATENCY_RATIO, ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
+from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
 from quantrack.evaluation.bootstrap import paired_drop_interval
 from quantrack.evaluation.coco_metrics import detections_from_json, drop_points
 from quantrack.evaluation.measure import Proof, prove
 from quantrack.evaluation.types import Detection
-from quantrack.onnx.files import export_float_files
-from quantrack.onnx.inspect import ModelFacts
+from quantrack.onnx.exported_files import export_float_files
 from quantrack.progress import say
 from quantrack.runtime.parity import torch_network
-from quantrack.runtime.session import Session, open_session
-from quantrack.settings import BaselineSettings, parse_settings
+from quantrack.runtime.session import Session, open_session, resolve_provider
+from quantrack.settings import BaselineSettings, setting_texts
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
 from quantrack.tracking.models import fetch_onnx
-from quantrack.tracking.record import SOFTWARE, log_run_digest, software_digest
-from quantrack.tracking.result import log_result
+from quantrack.tracking.read import active_run_id, newest_finished, read_json
+from quantrack.tracking.result import comparison_key, detector_facts, log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
+from quantrack.tracking.run_digest import SOFTWARE, log_run_digest, software_digest
 
 FLOAT_RECIPE = "float"
 OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0}  # float32 held against itself
@@ -57,72 +57,54 @@ class Baseline:
 
 
 def measure_baseline(
-    detector: Detector,
-    facts: ModelFacts,
-    evaluation_set: EvaluationSet,
-    provider: str,
-    latency_runs: int,
-    reference: Baseline | None,
+    detector: Detector, evaluation_set: EvaluationSet, settings: BaselineSettings, reference: Baseline | None
 ) -> tuple[Baseline, Proof]:
-    """Export the float detector in the precision of `facts.mode`, prove it, log it in the active run.
+    """Export the float detector in the precision of the settings, prove it, log it in the active run.
 
     `reference` is the float32 baseline that another precision is held against.
     """
+    device = resolve_device(settings.device)
+    model = copy.deepcopy(detector.model).to(device)  # the detector stays where it is
+    facts = detector_facts(detector, evaluation_set, settings.imgsz, settings.precision, FLOAT_RECIPE)
     log_inputs(evaluation_set, None)
     # so that the UI's axes and columns of modes and recipes hold the baselines as well
-    device = str(next(detector.model.parameters()).device)
-    log_new_parameters({"mode": facts.mode, "recipe": facts.recipe, "device_resolved": device})
+    log_new_parameters({"mode": facts.mode, "recipe": facts.recipe, "device_resolved": str(device)})
     with tempfile.TemporaryDirectory() as folder:
-        files = export_float_files(detector.model, facts, Path(folder))
-        session = open_session(files.optimized, provider)
-        beside = reference.open(provider, Path(folder) / "float32") if reference else None
-        proof = prove(session, evaluation_set, facts.head, latency_runs, torch_network(detector.model), beside)
+        files = export_float_files(model, facts, Path(folder))
+        session = open_session(files.optimized, settings.provider)
+        beside = reference.open(settings.provider, Path(folder) / "float32") if reference else None
+        proof = prove(session, evaluation_set, facts.head, settings.latency_runs, torch_network(model), beside)
         further = reference.drop(proof, evaluation_set) if reference else OWN_REFERENCE
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
-    active = mlflow.active_run()
-    run_id = active.info.run_id if active else ""
-    return Baseline(run_id, metrics, proof.detections), proof
+    return Baseline(active_run_id(), metrics, proof.detections), proof
 
 
 def find_baseline(key: ComparisonKey, further_tags: Mapping[str, str] | None = None) -> Baseline | None:
     """The newest finished float32 baseline of the same key in the active run's experiment."""
-    active = mlflow.active_run()
-    wanted = {"entry_point": "baseline", "mode": "fp32", **key.tags(), **(further_tags or {})}
-    clauses = [f"tags.`{name}` = '{value}'" for name, value in wanted.items()]
-    runs = mlflow.search_runs(
-        experiment_ids=[active.info.experiment_id] if active else None,
-        filter_string=" and ".join([*clauses, "attributes.status = 'FINISHED'"]),
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-        output_format="list",
-    )
-    return _read_baseline(runs[0]) if runs else None
+    run = newest_finished({"entry_point": "baseline", "mode": "fp32", **key.tags(), **(further_tags or {})})
+    if run is None:
+        return None
+    detections = detections_from_json(read_json(run.info.run_id, "detections.json"))
+    return Baseline(run.info.run_id, run.data.metrics, detections)
 
 
-def find_or_measure_baseline(
-    detector: Detector,
-    facts: ModelFacts,
-    evaluation_set: EvaluationSet,
-    key: ComparisonKey,
-    parameters: Mapping[str, str],
-    latency_runs: int,
-) -> Baseline:
-    """Reuse the float32 baseline of this key, processor and software, or measure it in a nested run like this one."""
-    baseline = find_baseline(key, {"device_name": device_name(key.provider), SOFTWARE: software_digest()})
+def find_or_measure_baseline(detector: Detector, evaluation_set: EvaluationSet, settings: BaselineSettings) -> Baseline:
+    """Reuse the float32 baseline of this detector, processor and software, or measure it in a nested run.
+
+    `settings` are those of the nested run.
+    """
+    provider = resolve_provider(settings.provider)
+    facts = detector_facts(detector, evaluation_set, settings.imgsz, settings.precision, FLOAT_RECIPE)
+    key = comparison_key(facts, evaluation_set, provider)
+    baseline = find_baseline(key, {"device_name": device_name(provider), SOFTWARE: software_digest()})
     if baseline is not None:
         say(f"float32 baseline: reusing run {baseline.run_id}")
     else:
         say("float32 baseline: not in this experiment by this code yet; measuring it in a nested run")
-        texts = {**parameters, "precision": "fp32"}
-        with tracked_run("baseline", texts, nested=True):
-            name_run(f"baseline-fp32-{facts.model}")
-            log_run_digest(parse_settings(BaselineSettings, texts), detector, evaluation_set, None)
-            baseline, _ = measure_baseline(detector, facts, evaluation_set, key.provider, latency_runs, None)
+        with tracked_run("baseline", setting_texts(settings), nested=True):
+            name_run(f"baseline-fp32-{detector.name}")
+            log_run_digest(settings, detector, evaluation_set, None)
+            baseline, _ = measure_baseline(detector, evaluation_set, settings, None)
     mlflow.set_tag("baseline_run_id", baseline.run_id)
     return baseline
-
-
-def _read_baseline(run: Run) -> Baseline:
-    text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/detections.json")
-    return Baseline(run.info.run_id, run.data.metrics, detections_from_json(json.loads(text)))

@@ -7,8 +7,20 @@ from collections.abc import Callable
 from quantrack.errors import QuantrackError
 from quantrack.progress import say
 from quantrack.settings import SharedSettings, setting_texts
-from quantrack.tracking.record import find_finished
 from quantrack.tracking.run import tracked_run
+from quantrack.tracking.run_digest import find_finished
+
+
+def find_or_run(name: str, entry: str, settings: SharedSettings, digest: str, pipeline: Callable[[], None]) -> str:
+    """The id of the finished run with this digest, or of a new nested run of that entry point."""
+    found = find_finished(digest)
+    if found is not None:
+        say(f"{name}: reusing run {found.info.run_id}")
+        return str(found.info.run_id)
+    say(f"{name}: measuring")
+    with tracked_run(entry, setting_texts(settings), nested=True) as run:
+        pipeline()
+    return str(run.info.run_id)
 
 
 class Children:
@@ -21,22 +33,13 @@ class Children:
     def find_or_run(
         self, name: str, entry: str, settings: SharedSettings, digest: str, pipeline: Callable[[], None]
     ) -> None:
-        """Take the finished run with this digest, or run the pipeline in a nested run of that entry point."""
-        found = find_finished(digest)
-        if found is not None:
-            say(f"{name}: reusing run {found.info.run_id}")
-            self._run_ids.append(found.info.run_id)
-            return
-        say(f"{name}: measuring")
+        """Take the finished run with this digest, or run the pipeline; what fails is kept for later."""
         try:
-            with tracked_run(entry, setting_texts(settings), nested=True) as run:
-                pipeline()
+            self._run_ids.append(find_or_run(name, entry, settings, digest, pipeline))
         except Exception as error:  # out of memory, a broken library: none of it is the other children's
             reason = str(error) if isinstance(error, QuantrackError) else f"{type(error).__name__}: {error}"
             say(f"{name}: failed: {reason}")
             self._failures[name] = reason
-        else:
-            self._run_ids.append(run.info.run_id)
 
     @property
     def run_ids(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
 from quantrack.schemes import SCHEMES, variant_words
 from quantrack.tracking.environment import git_commit, installed_versions
+from quantrack.tracking.log import log_table
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
 from quantrack.tracking.resample import resampled_runs
 
@@ -37,7 +38,7 @@ def read_runs(run_ids: Sequence[str]) -> tuple[ComparedRun, ...]:
 
 
 def read_run(run_id: str) -> ComparedRun:
-    """One finished run of `baseline`, `ptq` or `evaluate`.
+    """One finished run of `baseline`, `ptq`, `qat` or `evaluate`.
 
     Raises:
         QuantrackError: it is not there, is not finished, or measured no accuracy.
@@ -103,8 +104,8 @@ def log_comparison(groups: Sequence[Group], title: str) -> None:
     """`comparison.json`, `differences.json`, `report.html`, `summary.md`, plots by group; the run's description."""
     run_ids = [run.run_id for group in groups for run in group.runs]
     mlflow.set_tag(COMPARED, ",".join(run_ids))
-    mlflow.log_table(table_columns(groups), "comparison.json")
-    mlflow.log_table(difference_columns(groups), "differences.json")
+    log_table(table_columns(groups), "comparison.json")
+    log_table(difference_columns(groups), "differences.json")
     text = summary_markdown(groups, title)
     mlflow.log_text(text, "summary.md")
     mlflow.set_tag("mlflow.note.content", text)

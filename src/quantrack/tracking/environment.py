@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quantrack.quantization.step_cache import LIBRARIES
-from quantrack.runtime.session import CPU
+from quantrack.runtime.session import CPU, usable_cores
 
 PACKAGES = (
     "quantrack", "mlflow", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim", "pycocotools", "torchvision",
@@ -42,8 +41,7 @@ def cpu_name() -> str:
     if info.is_file():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {usable_cores()} cores"
 
 
 def environment_record(provider: str) -> dict[str, object]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import mlflow
+import pandas as pd
 import yaml
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
@@ -26,15 +27,16 @@ from quantrack.evaluation.plots import (
 )
 from quantrack.evaluation.samples import choose_samples, sample_picture
 from quantrack.evaluation.types import Detection
-from quantrack.onnx.files import ExportedFiles
+from quantrack.onnx.exported_files import ExportedFiles
 from quantrack.quantization.bit_plan import BitPlan
-from quantrack.quantization.insert import average_stored_bits, average_weight_bits
+from quantrack.quantization.insert_quantizers import average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.recipe import Recipe
 from quantrack.quantization.report import calibration_record, layer_records
 from quantrack.quantization.sensitivity import LayerSensitivity
 from quantrack.settings import SharedSettings, setting_texts
 from quantrack.tracking.environment import device_name, environment_record
+from quantrack.tracking.read import active_run_id, has_artifact
 from quantrack.tracking.run import log_new_parameters, name_run
 
 DIGEST_LENGTH = 32  # MLflow keeps 36 characters at most
@@ -81,10 +83,13 @@ def log_quantization(job: QuantizationJob, reports: Sequence[StepReport]) -> dic
     if job.plan is not None:
         log_json(job.plan.record(), "plan.json")
     bits = {"weight_bits_avg": average_weight_bits(job.model), "weight_bits_stored_avg": average_stored_bits(job.model)}
-    if not reports:  # trained, in a run that has no steps
-        return bits
+    return bits
+
+
+def step_totals(reports: Sequence[StepReport]) -> dict[str, float]:
+    """How long a recipe's steps took together, and how many of them the cache had."""
     cached = float(sum(report.cached for report in reports))
-    return bits | {"steps_from_cache": cached, "quantize_seconds": sum(report.seconds for report in reports)}
+    return {"steps_from_cache": cached, "quantize_seconds": sum(report.seconds for report in reports)}
 
 
 def log_recipe(recipe: Recipe) -> None:
@@ -109,7 +114,7 @@ def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) 
         **{f"error at {each} bits": [row.errors[each] for row in rows] for each in bits},
         "planned bits": [plan.average(row.name) for row in rows],
     }
-    mlflow.log_table(table, "sensitivity.json")
+    log_table(table, "sensitivity.json")
     log_json(plan.record(), "plan.json")
     mlflow.log_figure(sensitivity_figure(rows, plan, unit), "plots/sensitivity.png")
     weights = sum(row.weights for row in rows)
@@ -120,6 +125,14 @@ def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) 
             "error_at_fewest_bits": sum(row.errors[bits[0]] for row in rows),
         }
     )
+
+
+def log_table(table: Mapping[str, Sequence[object]], name: str) -> None:
+    """A table that the UI shows; MLflow's own function adds rows to one that an interrupted attempt has logged."""
+    if has_artifact(active_run_id(), name):
+        mlflow.log_text(pd.DataFrame(table).to_json(orient="split", index=False), name)
+    else:
+        mlflow.log_table(dict(table), name)
 
 
 def log_files(files: ExportedFiles) -> None:
@@ -141,13 +154,13 @@ def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
     log_json(proof.coco.metrics, "coco_metrics.json")
     log_json(detections_json(proof.detections), "detections.json")
     rows = [row for row in proof.coco.classes if row.ap50_95 is not None]
-    table = {
+    table: dict[str, Sequence[object]] = {
         "class": [row.name for row in rows],
         "AP50-95": [row.ap50_95 for row in rows],
         "AP50": [row.ap50 for row in rows],
         "boxes": [row.boxes for row in rows],
     }
-    mlflow.log_table(table, "per_class_ap.json")
+    log_table(table, "per_class_ap.json")
     title = f"{evaluation_set.name}, mAP50-95 {proof.coco.metrics['mAP50-95']:.3f}"
     mlflow.log_figure(precision_recall_figure(proof.coco, title), "plots/precision_recall.png")
     mlflow.log_figure(per_class_ap_figure(proof.coco, title), "plots/per_class_ap.png")
@@ -156,6 +169,7 @@ def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
 def log_speed(speed: Speed) -> None:
     """The session's settings, and which provider ran what for how long, as `placement.json` and a plot."""
     mlflow.set_tag("session_settings", speed.session_settings)
+    log_json(speed.session.record(), "session.json")
     log_json(speed.placement.record(), "placement.json")
     mlflow.log_figure(placement_figure(speed.placement), "plots/placement.png")
 
@@ -175,11 +189,7 @@ def log_samples(
     with tempfile.TemporaryDirectory() as folder:
         for picture in choose_samples(evaluation_set):
             panels = sample_picture(
-                picture,
-                [box for box in evaluation_set.boxes if box.image_id == picture.id],
-                None if float_detections is None else [d for d in float_detections if d.image_id == picture.id],
-                [d for d in detections if d.image_id == picture.id],
-                evaluation_set.categories,
+                picture, evaluation_set.boxes, float_detections, detections, evaluation_set.categories
             )
             # least compression: a third of the time of `mlflow.log_image`, files a tenth larger
             _, content = cv2.imencode(".png", panels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])

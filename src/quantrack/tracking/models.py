@@ -17,7 +17,7 @@ from quantrack.errors import QuantrackError
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-from quantrack.tracking.read import find_run, one_line
+from quantrack.tracking.read import current_run, find_run, one_line
 
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -40,10 +40,10 @@ def log_model(path: Path, name: str, metrics: Mapping[str, float], evaluation_se
 
 def _delete_earlier_models(newest: str | None) -> None:
     """Of the active run, unless a version was registered from it."""
-    active, client = mlflow.active_run(), mlflow.MlflowClient()
-    if active is None or client.search_model_versions(f"run_id = '{active.info.run_id}'"):
+    run, client = current_run().info, mlflow.MlflowClient()
+    if client.search_model_versions(f"run_id = '{run.run_id}'"):
         return
-    for model in models_of_run(active.info.experiment_id, active.info.run_id):
+    for model in models_of_run(run.experiment_id, run.run_id):
         if model.model_id != newest:
             client.delete_logged_model(model.model_id)
 
@@ -75,8 +75,8 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
 
 
 @contextmanager
-def told_as(setting: str, reference: str, path: Path) -> Iterator[None]:
-    """What is wrong with a file is said of the setting and of what the user gave, not of the copy that was fetched."""
+def errors_in_terms_of(setting: str, reference: str, path: Path) -> Iterator[None]:
+    """Word errors about a fetched file in terms of the setting and of what the user gave."""
     try:
         yield
     except QuantrackError as error:

@@ -13,7 +13,7 @@ from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import models_of_run
-from quantrack.tracking.read import evaluation_name, find_run, read_json, require_run
+from quantrack.tracking.read import active_run_id, evaluation_name, find_run, read_json, require_run
 from quantrack.tracking.registry import Move
 
 QUANTIZING = ("ptq", "qat")  # entry points whose runs hold a quantized model
@@ -63,7 +63,7 @@ def read_measurement(run: MeasuredRun) -> Measurement:
     """What the model card says beside metrics and tags, from the run's inputs and artifacts.
 
     Raises:
-        QuantrackError: an artifact that every ptq run logs is not there.
+        QuantrackError: an artifact that every ptq and qat run logs is not there.
     """
     found = mlflow.get_run(run.run_id)
     calibration, environment = read_json(run.run_id, "calibration.json"), read_json(run.run_id, "environment.json")
@@ -78,10 +78,9 @@ def read_measurement(run: MeasuredRun) -> Measurement:
 
 def version_tags(run: MeasuredRun) -> dict[str, str]:
     """What a version says of itself: identity, figures in full, the run and the promotion it came from."""
-    active = mlflow.active_run()
     figures = {name: repr(run.metrics[name]) for name in CONTRACT}
     identity = {name: run.tags[name] for name in VERSION_TAGS if name in run.tags}
-    origin = {"run_id": run.run_id, "promotion_run_id": active.info.run_id if active else ""}
+    origin = {"run_id": run.run_id, "promotion_run_id": active_run_id()}
     first = {name: identity[name] for name in ("mode", "recipe")}  # the UI shows tags in this order
     return first | figures | identity | origin
 

@@ -12,16 +12,16 @@ import mlflow
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.measure import Proof, prove
-from quantrack.onnx.files import export_quantized_files
+from quantrack.onnx.exported_files import export_quantized_files
 from quantrack.onnx.inspect import ModelFacts
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.state import save_quantized
 from quantrack.runtime.session import open_session
 from quantrack.runtime.variants import make_variant, reference_for
-from quantrack.settings import PtqSettings, shared_texts
-from quantrack.tracking.baseline import FLOAT_RECIPE, find_or_measure_baseline
-from quantrack.tracking.log import log_quantization, log_samples
-from quantrack.tracking.result import comparison_key, detector_facts, log_result
+from quantrack.settings import BaselineSettings, PtqSettings
+from quantrack.tracking.baseline import find_or_measure_baseline
+from quantrack.tracking.log import log_quantization, log_samples, step_totals
+from quantrack.tracking.result import detector_facts, log_result
 
 QUANTIZED_STATE = "quantized.pt"
 
@@ -33,33 +33,28 @@ def prove_and_log(
     settings: PtqSettings,
     reports: Sequence[StepReport],
     recipe: str,
-    method: str,
 ) -> Proof:
     """Export the job's model, measure it beside the float32 baseline, log all of it; the proof.
 
     Raises:
-        QuantrackError: the export fails, or `require_gpu` was asked for and a node ran elsewhere.
+        QuantrackError: the export fails.
     """
     quantized = log_quantization(job, reports)
+    if settings.method == PtqSettings.method:  # of a training they say nothing
+        quantized |= step_totals(reports)
     plain = detector_facts(detector, evaluation_set, settings.imgsz, job.scheme.name, recipe)
-    facts = replace(_of_variant(plain, settings), weight_bits_avg=quantized["weight_bits_avg"], method=method)
+    facts = replace(_of_variant(plain, settings), weight_bits_avg=quantized["weight_bits_avg"], method=settings.method)
     with tempfile.TemporaryDirectory() as folder:
         _log_state(job, Path(folder))
         exported = export_quantized_files(job.model, facts, Path(folder))
         files = make_variant(exported, facts, job.calibration, settings.provider)
         session = open_session(files.optimized, settings.provider)
-        key = comparison_key(facts, evaluation_set, session.provider)
-        float_facts = detector_facts(detector, evaluation_set, settings.imgsz, "fp32", FLOAT_RECIPE)
-        baseline = find_or_measure_baseline(
-            detector, float_facts, evaluation_set, key, shared_texts(settings), settings.latency_runs
-        )
+        baseline = find_or_measure_baseline(detector, evaluation_set, BaselineSettings.like(settings))
         reference = reference_for(files, facts, job.model, settings.provider)
         beside = baseline.open(settings.provider, Path(folder) / "float32")
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
         log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
-    if settings.require_gpu:
-        proof.speed.placement.require_gpu()
     return proof
 
 

@@ -17,6 +17,36 @@ ABSENT = "RESOURCE_DOES_NOT_EXIST"
 CREDENTIALS = re.compile(r"://(?:[^/\s@:]+:[^\s@]*|[^/\s@]+)@")
 
 
+def active_run_id() -> str:
+    """The id of the active run.
+
+    Raises:
+        RuntimeError: no run is active, which is a mistake in Quantrack.
+    """
+    active = mlflow.active_run()
+    if active is None:
+        raise RuntimeError("no MLflow run is active")
+    return str(active.info.run_id)
+
+
+def current_run() -> Run:
+    """The active run as the store has it now, with what was logged since it began."""
+    return mlflow.get_run(active_run_id())
+
+
+def newest_finished(tags: Mapping[str, str]) -> Run | None:
+    """The newest finished run with these tags in the active run's experiment."""
+    clauses = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    runs = mlflow.search_runs(
+        experiment_ids=[current_run().info.experiment_id],
+        filter_string=" and ".join([*clauses, "attributes.status = 'FINISHED'"]),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    return runs[0] if runs else None
+
+
 def find_run(run_id: str) -> Run | None:
     """The run of an id; None where there is none, or it was deleted."""
     try:

@@ -22,8 +22,8 @@ from typing import TextIO
 import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+from quantrack.cache import cache_folder
 from quantrack.comparison.gates import Champion
-from quantrack.detector.environment import cache_folder
 from quantrack.errors import QuantrackError
 from quantrack.files import combined_digest
 from quantrack.progress import say
@@ -91,7 +91,8 @@ class Registry:
         """Point `challenger` at a version; a champion does not challenge itself."""
         aliases = self.aliases()
         if version == aliases.get(CHAMPION):
-            return say(f"{self.name}: version {version} is the champion already; challenger stays as it is")
+            say(f"{self.name}: version {version} is the champion already; challenger stays as it is")
+            return
         waiting = aliases.get(CHALLENGER)
         if waiting not in (None, version):
             say(f"{self.name}: version {waiting} is no longer challenger")

@@ -11,15 +11,18 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from quantrack.comparison.runs import ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
+from quantrack.errors import UsageError
 from quantrack.evaluation.measure import Proof, Speed
-from quantrack.onnx.files import ExportedFiles, file_metrics
+from quantrack.onnx.exported_files import ExportedFiles, file_metrics
 from quantrack.onnx.inspect import ModelFacts
-from quantrack.runtime.load import peak_memory_mb
+from quantrack.runtime.machine_load import peak_memory_mb
 from quantrack.runtime.tune import Trial
 from quantrack.schemes import SCHEMES
-from quantrack.tracking.log import log_files, log_proof, log_provider, log_speed
+from quantrack.settings import OnnxSettings
+from quantrack.tracking.log import log_files, log_proof, log_provider, log_speed, log_table
 from quantrack.tracking.models import log_model
-from quantrack.tracking.record import SOFTWARE, software_digest
+from quantrack.tracking.read import current_run
+from quantrack.tracking.run_digest import SOFTWARE, software_digest
 from quantrack.tracking.summary import log_summary
 
 
@@ -68,9 +71,19 @@ def log_result(
 
 def _memory() -> dict[str, float]:
     """`peak_rss_mb`, absent in a nested run: the process has done the work of others as well."""
-    active = mlflow.active_run()
-    nested = active is not None and MLFLOW_PARENT_RUN_ID in active.data.tags
+    nested = MLFLOW_PARENT_RUN_ID in current_run().data.tags
     return {} if nested else {"peak_rss_mb": peak_memory_mb()}
+
+
+def resolved_by_file(settings: OnnxSettings, facts: ModelFacts) -> dict[str, object]:
+    """What a given file decides, whatever the settings' defaults say.
+
+    Raises:
+        UsageError: another input size was asked for than the file has.
+    """
+    if settings.imgsz not in (OnnxSettings.imgsz, facts.imgsz):
+        raise UsageError(f"imgsz={settings.imgsz}: {settings.onnx} takes {facts.imgsz}; leave imgsz out")
+    return {"model": facts.model, "imgsz": facts.imgsz}
 
 
 def log_evaluation(
@@ -112,7 +125,7 @@ def log_tuning(trials: Sequence[Trial]) -> None:
         "to": [_rounded(trial.latency.high, 3) for trial in trials],
         "times float32": [_rounded(trial.ratio.median if trial.ratio else None, 4) for trial in trials],
     }
-    mlflow.log_table(table, "tuning.json")
+    log_table(table, "tuning.json")
     mlflow.set_tag("best_session_settings", trials[0].settings.text)
 
 

@@ -13,7 +13,7 @@ from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 from quantrack.errors import QuantrackError, memory_problem
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
-from quantrack.tracking.read import one_line, store_address
+from quantrack.tracking.read import current_run, one_line, store_address
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
@@ -31,7 +31,9 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        run = mlflow.start_run(nested=nested)
+        # without the parent's experiment named, that of the environment would be taken
+        experiment_id = current_run().info.experiment_id if nested else None
+        run = mlflow.start_run(nested=nested, experiment_id=experiment_id)
     except mlflow.MlflowException as error:
         raise QuantrackError(store_problem(error)) from error
     with _ended_as_the_work_ends():
@@ -84,15 +86,13 @@ def store_problem(error: mlflow.MlflowException) -> str:
 
 def log_new_parameters(parameters: Mapping[str, str]) -> None:
     """Log the parameters that the active run does not have yet."""
-    run = mlflow.active_run()
-    known = mlflow.get_run(run.info.run_id).data.params if run else {}
+    known = current_run().data.params
     mlflow.log_params({name: value for name, value in parameters.items() if name not in known})
 
 
 def name_run(name: str) -> None:
     """Name the active run, unless the user did: only a name that MLflow made up is replaced."""
-    active = mlflow.active_run()
-    current = mlflow.get_run(active.info.run_id).info.run_name if active else None
+    current = current_run().info.run_name
     if not current or _made_up(current):
         mlflow.set_tag("mlflow.runName", name)
 
@@ -105,7 +105,7 @@ def _made_up(name: str) -> bool:
 
 
 def _end(status: str, reason: str) -> None:
-    """End the active run whatever MLflow answers: a run that is left over, MLflow itself ends as FINISHED."""
+    """End the active run even if MLflow refuses the tag: a run that is left open, MLflow itself marks as FINISHED."""
     try:
         try:
             mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])

@@ -6,18 +6,18 @@ import fcntl
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import mlflow
 from mlflow.entities import Run
 
+from quantrack.cache import cache_folder
 from quantrack.comparison.runs import ACCURACY
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.training import TrainingPictures
-from quantrack.detector.environment import cache_folder
 from quantrack.detector.load import Detector
 from quantrack.detector.training import Epoch, Trained
 from quantrack.errors import QuantrackError, UsageError
@@ -30,7 +30,7 @@ from quantrack.settings import QatSettings, setting_name
 from quantrack.tracking.log import log_dataset
 from quantrack.tracking.models import fetch
 from quantrack.tracking.quantized import QUANTIZED_STATE
-from quantrack.tracking.read import read_json, require_run
+from quantrack.tracking.read import active_run_id, current_run, read_json, require_run
 
 VALIDATION = f"validation/{ACCURACY}"
 START_TAG = "ptq_run_id"
@@ -63,9 +63,8 @@ def read_start(run_id: str) -> Start:
 
 
 def recorded_start() -> Start | None:
-    """What the active run has started from already, where an earlier process of it came so far."""
-    active = mlflow.active_run()
-    run_id = mlflow.get_run(active.info.run_id).data.tags.get(START_TAG) if active else None
+    """The start that an earlier process of the active run has chosen already, if any."""
+    run_id = current_run().data.tags.get(START_TAG)
     return read_start(run_id) if run_id else None
 
 
@@ -84,14 +83,13 @@ def training_folder(run_id: str) -> Iterator[Path]:
         except OSError as error:
             raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
         say(f"training in {folder}; if it is interrupted, go on with: mlflow run . -e qat -P resume={run_id}")
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == ["lock"]:  # refused before anything was done
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def new_training_folder() -> AbstractContextManager[Path]:
-    """That of the active run, taken when it is entered."""
-    active = mlflow.active_run()
-    return training_folder(active.info.run_id if active else "")
 
 
 def _folder_of(run_id: str) -> Path:
@@ -119,8 +117,7 @@ def log_training_inputs(pictures: TrainingPictures) -> None:
     Raises:
         QuantrackError: the run that is gone on with trained on others.
     """
-    active = mlflow.active_run()
-    known = mlflow.get_run(active.info.run_id).data.tags if active else {}
+    known = current_run().data.tags
     for part, context in ((pictures.training, "training"), (pictures.held_back, "validation")):
         tag = f"{context}_digest"
         if known.get(tag, part.digest) != part.digest:
@@ -183,18 +180,14 @@ class EpochLog:
 
 def new_epoch_log() -> EpochLog:
     """For the active run."""
-    active = mlflow.active_run()
-    return EpochLog(active.info.run_id if active else "", mlflow.get_tracking_uri())
+    return EpochLog(active_run_id(), mlflow.get_tracking_uri())
 
 
 def log_training(trained: Trained, best: Path) -> None:
     """The curves, the best checkpoint (the EMA's state), and how the training ended."""
-    active = mlflow.active_run()
-    run_id = active.info.run_id if active else ""
-    client = mlflow.MlflowClient()
-    names = [
-        name for name in mlflow.get_run(run_id).data.metrics if name.startswith("train/") and "seconds" not in name
-    ]
+    run, client = current_run(), mlflow.MlflowClient()
+    run_id = run.info.run_id
+    names = [name for name in run.data.metrics if name.startswith("train/") and "seconds" not in name]
     history = {
         name.removeprefix("train/"): [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
         for name in sorted(names)

@@ -1,8 +1,8 @@
 """Step: weights whose products with bytes fit 16 bits two by two, so that integer kernels add exactly anywhere.
 
 x86 processors with AVX2 and without VNNI multiply unsigned activations by signed weights and add two neighbouring
-products in 16 bits, cutting what does not fit (`vpmaddubsw`; ONNX Runtime's documentation of quantization, on U8S8).
-It does not fit where two large weights of one sign meet. The usual remedies are 7 bits for all weights
+products in 16 bits, saturating (`vpmaddubsw`; ONNX Runtime's documentation of quantization, on U8S8).
+They saturate where two large weights of one sign meet. The usual remedies are 7 bits for all weights
 (`reduce_range`) and kernels that take half as much time again; with a scale that is a little larger neither is needed.
 """
 
@@ -26,14 +26,14 @@ from quantrack.quantization.layers import (
     shaped,
     weight_scale,
 )
-from quantrack.schemes import LARGEST_PAIR
+from quantrack.schemes import MAX_PAIR_SUM
 
 SMALLEST_RAISE = 1.002
 
 
 @dataclass(frozen=True)
 class FitPairSums:
-    """Raises the scale of each output channel in which two neighbours exceed `LARGEST_PAIR`, until none do.
+    """Raises the scale of each output channel in which two neighbours exceed `MAX_PAIR_SUM`, until none do.
 
     Half of the range always fits, so a channel loses less than a bit. Runs after what rounds weights, and before the
     bias correction. Depthwise convolutions have kernels of their own, which add in 32 bits.
@@ -54,10 +54,10 @@ def fit_pair_sums(layer: QuantizedConvolution) -> Tensor:
     scale = before.clone()
     while True:  # ends: a channel whose scale has doubled has no weight beyond 64
         largest = largest_pair(fake_quantize(weight, scale, bits) / scale.reshape(-1, 1, 1, 1))
-        exceeds = largest > LARGEST_PAIR
+        exceeds = largest > MAX_PAIR_SUM
         if not exceeds.any():
             break
-        scale = torch.where(exceeds, scale * (largest / LARGEST_PAIR).clamp_min(SMALLEST_RAISE), scale)
+        scale = torch.where(exceeds, scale * (largest / MAX_PAIR_SUM).clamp_min(SMALLEST_RAISE), scale)
     rounded = fake_quantize(weight, scale, bits)
     layer.weight.data.copy_(torch.where((scale > before).reshape(-1, 1, 1, 1), rounded, layer.weight))
     set_weight_scale(layer, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -59,18 +60,13 @@ class ObserveActivations:
         generator = torch.Generator().manual_seed(job.seed)
         values = min(self.values, max(1, MOST_VALUES // job.batch_count))
         full_batch = min(job.batch, len(job.calibration.paths))
-        watchers = {
-            name: (_Watcher(values / full_batch, generator), module)
-            for name, module in job.float_model.named_modules()
-            if isinstance(module, nn.Conv2d)
-        }
-        handles = [module.register_forward_pre_hook(watcher) for watcher, module in watchers.values()]
-        try:
-            with torch.no_grad():
-                for batch in track(job.batches(), "calibrating", total=job.batch_count):
-                    job.float_model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        job.statistics = {name: watcher.statistics(name) for name, (watcher, _) in watchers.items()}
+        watchers: dict[str, _Watcher] = {}
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in job.float_model.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    watchers[name] = _Watcher(values / full_batch, generator)
+                    hooks.enter_context(module.register_forward_pre_hook(watchers[name]))
+            for batch in track(job.batches(), "calibrating", total=job.batch_count):
+                job.float_model(batch)
+        job.statistics = {name: watcher.statistics(name) for name, watcher in watchers.items()}
         return {"images": float(len(job.calibration.paths))}

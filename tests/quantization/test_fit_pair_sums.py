@@ -11,8 +11,9 @@ from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.coordinate_descent import channel_errors
 from quantrack.quantization.curvature import Curvature
+from quantrack.quantization.fit_pair_sums import FitPairSums, fit_pair_sums, is_depthwise, largest_pair
 from quantrack.quantization.gptq import Gptq, grouped
-from quantrack.quantization.insert import InsertQuantizers
+from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
     LayerPlan,
@@ -23,13 +24,12 @@ from quantrack.quantization.layers import (
     set_weight_scale,
     weight_scale,
 )
-from quantrack.quantization.observe import ObserveActivations
-from quantrack.quantization.pair_sums import FitPairSums, fit_pair_sums, is_depthwise, largest_pair
-from quantrack.quantization.qat import suit_integer_kernels
+from quantrack.quantization.observe_activations import ObserveActivations
+from quantrack.quantization.qat import refit_pair_sums
 from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 from quantrack.quantization.weight_scales import MinMaxWeightScales, min_max_scale
-from quantrack.schemes import LARGEST_PAIR
+from quantrack.schemes import MAX_PAIR_SUM
 
 MakeJob = Callable[[str], QuantizationJob]
 CHANNELS = 24
@@ -86,10 +86,10 @@ def test_an_odd_number_of_channels_is_counted_both_ways() -> None:
 def test_weights_are_made_to_fit_for_less_than_a_bit() -> None:
     layer = convolution()
     weight, eight_bits = layer.weight.clone(), error(layer, layer.weight)
-    exceeded = largest_pair(integers(layer)) > LARGEST_PAIR
+    exceeded = largest_pair(integers(layer)) > MAX_PAIR_SUM
     assert exceeded.sum() > 8
     raised = fit_pair_sums(layer)
-    assert largest_pair(integers(layer)).max() <= LARGEST_PAIR
+    assert largest_pair(integers(layer)).max() <= MAX_PAIR_SUM
     assert torch.equal(raised > 1, exceeded)
     assert raised.max() <= 2 * 1.002
     seven_bits = fake_quantize(weight, min_max_scale(weight, 7), 7)
@@ -113,7 +113,7 @@ def test_weights_that_were_cut_stay_cut() -> None:
     layer.weight[:, :2] = 100.0
     scale = weight_scale(layer).clone()
     assert fit_pair_sums(layer).max() <= 2 * 1.002
-    assert largest_pair(integers(layer)).max() <= LARGEST_PAIR
+    assert largest_pair(integers(layer)).max() <= MAX_PAIR_SUM
     assert (layer.quant_weight().value.amax(dim=(1, 2, 3)) <= 127 * scale * 1.001).all()
 
 
@@ -152,7 +152,7 @@ def test_gptq_rounds_anew_what_does_not_fit() -> None:
         weight = grouped(layer.weight.clone(), 1)
         settings.round_layer(layer, curvature)
         fit_pair_sums(layer)
-        assert largest_pair(integers(layer)).max() <= LARGEST_PAIR
+        assert largest_pair(integers(layer)).max() <= MAX_PAIR_SUM
         return layer, float(channel_errors(grouped(layer.quant_weight().value, 1) - weight, hessian).sum())
 
     fitting, error_fitting = rounded(Gptq(fit_pairs=True))
@@ -172,7 +172,7 @@ def test_gptq_leaves_depthwise_convolutions_alone(make_job: MakeJob) -> None:
             assert torch.equal(layer.weight, of_fitting[name].weight)
             assert largest_pair(integers(layer)).max() > 64
         else:
-            assert largest_pair(integers(of_fitting[name])).max() <= LARGEST_PAIR
+            assert largest_pair(integers(of_fitting[name])).max() <= MAX_PAIR_SUM
 
 
 def test_what_training_has_let_outgrow_it_fits_again(make_job: MakeJob) -> None:
@@ -186,11 +186,11 @@ def test_what_training_has_let_outgrow_it_fits_again(make_job: MakeJob) -> None:
             learning.common_steps *= 1.2
     take_over(job.model, learned)
     wide = [layer for layer in quantized_layers(job.model).values() if not is_depthwise(layer)]
-    assert max(largest_pair(integers(layer)).max() for layer in wide) > LARGEST_PAIR
-    report = suit_integer_kernels(job)
+    assert max(largest_pair(integers(layer)).max() for layer in wide) > MAX_PAIR_SUM
+    report = refit_pair_sums(job)
     assert report.step == "FitPairSums"
     assert report.figures["channels"] > 0
-    assert max(largest_pair(integers(layer)).max() for layer in wide) <= LARGEST_PAIR
+    assert max(largest_pair(integers(layer)).max() for layer in wide) <= MAX_PAIR_SUM
 
 
 @pytest.mark.parametrize("name", ["fast", "default", "best"])

@@ -14,7 +14,7 @@ from quantrack.datasets.calibration import load_calibration_set
 from quantrack.detector.load import Detector, load_detector
 from quantrack.errors import QuantrackError
 from quantrack.onnx.export import OPSET
-from quantrack.onnx.files import ExportedFiles, export_float_files, export_quantized_files
+from quantrack.onnx.exported_files import ExportedFiles, export_float_files, export_quantized_files
 from quantrack.onnx.inspect import FACTS_KEY, ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
 from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.job import QuantizationJob, new_job

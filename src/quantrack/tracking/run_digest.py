@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlflow
 from mlflow.entities import Run
 
@@ -11,15 +9,15 @@ from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
-from quantrack.files import combined_digest, file_digest
+from quantrack.files import code_digests, combined_digest
 from quantrack.runtime.session import resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
 from quantrack.tracking.environment import device_name, installed_versions
 from quantrack.tracking.models import fetch_plan
+from quantrack.tracking.read import newest_finished
 
 RUN_DIGEST, SOFTWARE = "run_digest", "software_digest"
-PACKAGE = Path(__file__).parents[1]
 ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
 BY_CONTENT = (
     "model", "data_root", "calib_list", "plan", "avg_bits", "plan_bits", "plan_by", "mode", "recipe", "device",
@@ -50,9 +48,7 @@ def run_digest(
 
 def software_digest() -> str:
     """Of the libraries' versions and of the code of Quantrack that decides a result."""
-    parts = [repr(sorted(installed_versions().items()))]
-    parts += [file_digest(path) for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))]
-    return combined_digest([*parts, file_digest(PACKAGE / "schemes.py")])
+    return combined_digest([repr(sorted(installed_versions().items())), *code_digests(ROOMS)])
 
 
 def log_run_digest(
@@ -64,12 +60,4 @@ def log_run_digest(
 
 def find_finished(digest: str) -> Run | None:
     """The newest finished run with this digest in the active run's experiment."""
-    active = mlflow.active_run()
-    runs = mlflow.search_runs(
-        experiment_ids=[active.info.experiment_id] if active else None,
-        filter_string=f"tags.`{RUN_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-        output_format="list",
-    )
-    return runs[0] if runs else None
+    return newest_finished({RUN_DIGEST: digest})

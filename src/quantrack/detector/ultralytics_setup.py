@@ -9,27 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """Quantrack's own cache: `QUANTRACK_CACHE`, or `~/.cache/quantrack`."""
-    chosen = os.environ.get("QUANTRACK_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache/quantrack"
-
-
-@contextmanager
-def fresh_cache() -> Iterator[None]:
-    """A cache that holds nothing but the downloaded weights, for a while: all steps are done anew."""
-    weights = cache_folder() / "weights"
-    with tempfile.TemporaryDirectory() as folder:
-        if weights.is_dir():
-            (Path(folder) / "weights").symlink_to(weights.resolve())
-        with _variable("QUANTRACK_CACHE", folder):
-            yield
+from quantrack.cache import cache_folder, variable_kept
 
 
 def prepare() -> None:
@@ -40,7 +21,8 @@ def prepare() -> None:
     os.environ["ULTRALYTICS_SAFE_LOAD"] = "true"  # `activation:` in a *.yaml is parsed, not evaluated
     logger = logging.getLogger("ultralytics")
     logger.setLevel(logging.ERROR)
-    with _variable("YOLO_OFFLINE", "true"):  # no name look-ups while it is imported; a download may look later
+    with variable_kept("YOLO_OFFLINE"):
+        os.environ["YOLO_OFFLINE"] = "true"  # no name look-ups while it is imported; a download may look later
         from ultralytics.nn import tasks
         from ultralytics.utils import SETTINGS
 
@@ -49,17 +31,3 @@ def prepare() -> None:
     # Analytics and crash reports off, in memory only: if someone imported Ultralytics before us,
     # SETTINGS is the user's own file, and SETTINGS["sync"] = ... would write it.
     dict.__setitem__(SETTINGS, "sync", False)
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable, for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -27,6 +27,8 @@ from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import Bits, clamp_integers, layers_of_block
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 
+WARM_UP = 0.2  # of the iterations, without a pull towards a decision
+FIRST_EXPONENT, LAST_EXPONENT = 20.0, 2.0
 STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, AdaRound's equation 23
 
 
@@ -122,16 +124,16 @@ class BlockReconstruction:
         return before, min(before, after)
 
 
-def decision_exponent(progress: float, warm_up: float = 0.2, start: float = 20.0, end: float = 2.0) -> float | None:
+def decision_exponent(progress: float) -> float | None:
     """The exponent of the pull towards a decision at a share of the training; None while it warms up.
 
     >>> decision_exponent(0.1), decision_exponent(0.2), decision_exponent(1.0)
     (None, 20.0, 2.0)
     """
-    if progress < warm_up:
+    if progress < WARM_UP:
         return None
-    done = (progress - warm_up) / (1 - warm_up)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (progress - WARM_UP) / (1 - WARM_UP)
+    return LAST_EXPONENT + (FIRST_EXPONENT - LAST_EXPONENT) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class _Comparison:

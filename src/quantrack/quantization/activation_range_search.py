@@ -9,19 +9,16 @@ tried in a network that is float otherwise, against the float network's raw outp
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from quantrack.detector.heads import head_levels
 from quantrack.errors import UsageError
-from quantrack.files import write_json
 from quantrack.progress import say
 from quantrack.quantization.activation_ranges import Range
 from quantrack.quantization.divergence import Divergence
@@ -35,7 +32,7 @@ from quantrack.quantization.layers import (
     quantized_layers,
     set_activation_range,
 )
-from quantrack.quantization.step_cache import kept_path, step_keys
+from quantrack.quantization.step_cache import cached, step_keys
 from quantrack.schemes import Scheme
 
 INPUTS_ONLY = Scheme("inputs only", 8, 8)
@@ -72,32 +69,18 @@ class ActivationRangeSearch:
             say("activation range search: the model has no detection head that Quantrack knows; ranges stay")
             return {}
         ranges = {name: range_of(layer) for name, layer in quantized_layers(job.model).items()}
-        return self.take_best(job, ranges, self.kept_errors(job, ranges))
+        return self.take_best(job, ranges, self.cached_errors(job, ranges))
 
-    def kept_errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
+    def cached_errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
         """As `errors`, measured once for the same model, pictures, ranges, settings and code.
 
-        Weights do not enter it, so that w4a8 and w8a8 share what is kept, whatever the bit plan, unless channels
+        Weights do not enter it, so that w4a8 and w8a8 share what is cached, whatever the bit plan, unless channels
         were equalized, which goes by the bits.
         """
         layers = quantized_layers(job.model)
         how = [(name, *_equalized_and_kind(layers[name]), ends) for name, ends in sorted(ranges.items())]
         (key,) = step_keys(replace(job, scheme=INPUTS_ONLY, plan=None), [(self, how)])
-        path = kept_path(f"{key}.json", "ranges")
-        if path.is_file():
-            try:
-                kept, seconds = _read(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                say(f"cached ranges {path}: cannot be read ({type(error).__name__}); measuring again")
-            else:
-                say("activation ranges: what each costs (from the cache)")
-                job.kept_time.count(key, seconds)
-                return kept
-        began = time.perf_counter()
-        errors = self.errors(job, ranges)
-        write_json(path, {"seconds": time.perf_counter() - began, "errors": errors})
-        job.kept_time.count(key, 0.0)
-        return errors
+        return cached(job, "ranges", key, lambda: self.errors(job, ranges), dict, _read)
 
     def errors(self, job: QuantizationJob, ranges: Mapping[str, Range]) -> Errors:
         """What the costliest layers cost at their range, and at smaller ones."""
@@ -129,13 +112,8 @@ class ActivationRangeSearch:
         }
 
 
-def _read(path: Path) -> tuple[Errors, float]:
-    """Kept errors, and the seconds that measuring them took."""
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    errors = {
-        name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in kept["errors"].items()
-    }
-    return errors, float(kept["seconds"])
+def _read(errors: Any) -> Errors:  # noqa: ANN401 - parsed JSON
+    return {name: {float(shrink): float(error) for shrink, error in tried.items()} for name, tried in errors.items()}
 
 
 def _equalized_and_kind(layer: QuantizedConvolution) -> tuple[list[float] | None, str | None]:
@@ -182,10 +160,6 @@ class _Rounding:
     def _rounded(self, name: str, range_: Range) -> Iterator[None]:
         layer = self._layers[name]
         set_activation_range(layer, *range_)
-        handle = self.probe.get_submodule(name).register_forward_pre_hook(
-            lambda convolution, inputs: quantized_input(layer, inputs[0])
-        )
-        try:
+        convolution = self.probe.get_submodule(name)
+        with convolution.register_forward_pre_hook(lambda module, inputs: quantized_input(layer, inputs[0])):
             yield
-        finally:
-            handle.remove()

@@ -21,6 +21,8 @@ from quantrack.quantization.layers import (
     quantized_layers,
 )
 
+FLOAT_BITS = 32
+
 
 @dataclass(frozen=True)
 class InsertQuantizers:
@@ -89,7 +91,10 @@ def _say_what_else_stays_float(model: nn.Module) -> None:
 
 
 def average_weight_bits(model: nn.Module) -> float:
-    """Mean bits over the weights of the quantized convolutions, DFL's fixed weights left out."""
+    """Mean bits over the weights of all convolutions, 32 where a recipe leaves them float.
+
+    A float DFL is left out: its 16 weights are constants.
+    """
     return _average(model, lambda bits: bits)
 
 
@@ -99,6 +104,15 @@ def average_stored_bits(model: nn.Module) -> float:
 
 
 def _average(model: nn.Module, counted_as: Callable[[int], int]) -> float:
-    layers = quantized_layers(model).values()
-    total = sum(layer.weight[0].numel() * sum(counted_as(bits) for bits in bits_per_channel(layer)) for layer in layers)
-    return float(total / sum(layer.weight.numel() for layer in layers))
+    layers = quantized_layers(model)
+    total = sum(
+        layer.weight[0].numel() * sum(counted_as(bits) for bits in bits_per_channel(layer)) for layer in layers.values()
+    )
+    count = sum(layer.weight.numel() for layer in layers.values())
+    roles = convolution_roles(model)
+    left_float = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and name not in layers and roles[name] is not Role.DFL
+    )
+    return float((total + FLOAT_BITS * left_float) / (count + left_float))

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from brevitas.graph.gptq import gptq_mode
 from command import SMALL, SMALL_LAYERS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.demo import demo_calibration_list, demo_folder
@@ -472,6 +473,25 @@ def test_gptq_is_as_good_as_brevitas_own_at_a_fraction_of_its_passes(job: Quanti
             gptq.update()
     own, other = relative_errors(weight_only), relative_errors(theirs)
     assert sum(own) <= sum(other)
+
+
+def test_gptq_costs_at_most_five_passes_over_the_pictures(job: QuantizationJob) -> None:
+    """In what convolutions compute, forwards and backwards, however many layers there are."""
+    uncached = replace(job, model_digest="")
+    apply_recipe(uncached, CALIBRATED)
+
+    def one_pass() -> None:
+        with torch.no_grad():
+            for batch in uncached.batches():
+                uncached.float_model(batch)
+
+    assert 0 < convolution_flops(lambda: Gptq().apply(uncached)) <= 5 * convolution_flops(one_pass)
+
+
+def convolution_flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return sum(count for name, count in counter.get_flop_counts()["Global"].items() if "convolution" in str(name))
 
 
 def relative_errors(job: QuantizationJob) -> list[float]:

@@ -44,8 +44,7 @@ LADDER = (
     Recipe("8-unshrunken", (*OWN_CHANNELS, Gptq(), BiasCorrection())),
     Recipe("9-range-search", (*OWN_CHANNELS, ActivationRangeSearch(), Gptq(), BiasCorrection())),
     Recipe("10-equalized-channels", RECIPES["default"]),
-    Recipe("11-mirrored", (*CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True), BiasCorrection())),
-    Recipe("12-across-channels", RECIPES["best"]),
+    Recipe("11-across-channels", RECIPES["best"]),
 )
 LATENCY_RUNS = 10
 

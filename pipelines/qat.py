@@ -79,6 +79,7 @@ def qat(settings: QatSettings) -> None:
 
 def read_inputs(settings: QatSettings) -> Inputs:
     """The pictures and the detector, which must have the same classes."""
+    resolve_device(settings.device)  # refuses one that is not there before anything is read
     if settings.require_gpu:
         require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)

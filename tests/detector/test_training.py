@@ -99,9 +99,11 @@ def test_only_what_is_learned_counts_in_the_clipped_norm(job: TrainingJob) -> No
 
 
 def test_what_another_version_has_trained_is_refused(job: TrainingJob) -> None:
-    torch.save({"student": {"units": torch.zeros(1)}, "finished": False}, job.last)
-    with pytest.raises(QuantrackError, match=r"last.pt: was trained by another version of Quantrack"):
-        train(job)
+    units, own = {"units": torch.zeros(1)}, job.student.state_dict()
+    for kept in ({"student": units, "best_trained": (0.5, 1)}, {"student": own}):
+        torch.save({**kept, "finished": False}, job.last)
+        with pytest.raises(QuantrackError, match=r"last.pt: was trained by another version of Quantrack"):
+            train(job)
 
 
 def test_collapse_ends_the_training_and_keeps_the_best(job: TrainingJob) -> None:

@@ -451,7 +451,7 @@ def test_estimated_error_is_quadratic_and_counts_mean_outputs_as_restored(job: Q
     assert not any(parameter.requires_grad for parameter in job.float_model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}, {"measure": "mAP"}])
+@pytest.mark.parametrize("settings", [{"bits": (4,)}, {"bits": (4, 16)}, {"images": 0}, {"measure": "weights"}])
 def test_trials_refuse_nonsense(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         SensitivityMeasurement(**settings)  # type: ignore[arg-type]

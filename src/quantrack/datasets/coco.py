@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from quantrack.datasets.picture_size import encoded_size
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
@@ -116,12 +118,16 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
 def annotated_set(
     data_root: Path, annotation_file: Path, content: dict[str, Any], pictures: tuple[Picture, ...], split: str
 ) -> EvaluationSet:
-    """Some pictures of a parsed annotation file, with their boxes."""
+    """Some pictures of a parsed annotation file, with their boxes.
+
+    Raises:
+        QuantrackError: an entry is broken, or a picture has another size than its entry says.
+    """
     kept = {picture.id for picture in pictures}
     rows = sorted(content["categories"], key=lambda row: int(row["id"]))
     categories = tuple(Category(int(row["id"]), str(row["name"])) for row in rows)
     parts = [file_digest(annotation_file)]
-    parts += [f"{picture.id} {file_digest(picture.path)}" for picture in pictures]
+    parts += [f"{picture.id} {_digest_of_annotated(picture, annotation_file)}" for picture in pictures]
     return EvaluationSet(
         root=data_root,
         annotation_file=annotation_file,
@@ -131,6 +137,27 @@ def annotated_set(
         digest=combined_digest(parts),
         split=split,
     )
+
+
+def _digest_of_annotated(picture: Picture, annotation_file: Path) -> str:
+    content = picture.path.read_bytes()
+    size = encoded_size(content)
+    if size is not None and sorted(size) != sorted((picture.width, picture.height)):  # EXIF may turn what is encoded
+        require_annotated_size(picture, size, annotation_file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def require_annotated_size(picture: Picture, size: tuple[int, int], annotation_file: Path) -> None:
+    """Check that a picture has the width and height in which its boxes are given.
+
+    Raises:
+        QuantrackError: it has not.
+    """
+    if size != (picture.width, picture.height):
+        raise QuantrackError(
+            f"{picture.path}: has {size[0]} x {size[1]} pixels, but {annotation_file} says {picture.width} x "
+            f"{picture.height}, in which its boxes are; put the annotated picture there"
+        )
 
 
 def read_annotations(data_root: Path, annotation_file: Path) -> dict[str, Any]:

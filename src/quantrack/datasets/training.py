@@ -103,7 +103,7 @@ def clipped_box(xywh: Sequence[float], width: int, height: int) -> list[float]:
 def write_instances(pictures: EvaluationSet, path: Path) -> None:
     """Write the set as a COCO instances file whose category ids are the detector's class indices plus 1.
 
-    Boxes are cut at the picture's edges: Ultralytics trains on no picture that has one beyond them.
+    Boxes are cut at the picture's edges: a box much wider than its picture makes Ultralytics leave out the picture.
     """
     class_of = {category.id: index for index, category in enumerate(pictures.categories, 1)}
     sides = {picture.id: (picture.width, picture.height) for picture in pictures.pictures}

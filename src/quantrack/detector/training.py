@@ -114,7 +114,7 @@ def train(job: TrainingJob) -> Trained:
     if not _is_finished(job):
         # a class of its own, so that DDP's processes get the job with it
         kind, threads = type("FineTuningOfOneJob", (FineTuning,), {"job": job}), torch.get_num_threads()
-        with variable_kept("CUDA_VISIBLE_DEVICES"), _threads_kept():  # Ultralytics changes both on a CPU
+        with variable_kept("CUDA_VISIBLE_DEVICES"), _threads_kept():  # Ultralytics may change both
             try:
                 trainer = kind(overrides=_overrides(job))
                 torch.set_num_threads(threads)
@@ -182,7 +182,8 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
         if lacking:
             raise QuantrackError(
                 f"training: {len(lacking)} of {len(lacking) + len(used)} pictures cannot be trained on, {lacking[0]} "
-                "first (unreadable, or less than 10 pixels wide or high); take them out of the train annotations"
+                "first (unreadable, less than 10 pixels wide or high, of another file type, or its boxes are broken); "
+                "take them out of the train annotations"
             )
 
     def _go_on(self, kept: Mapping[str, Any]) -> None:

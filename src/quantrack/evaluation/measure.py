@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from quantrack.datasets.coco import EvaluationSet
+from quantrack.datasets.coco import EvaluationSet, require_annotated_size
 from quantrack.datasets.pictures import letterbox, network_input, read_picture
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.coco_metrics import evaluate_coco
@@ -105,11 +105,7 @@ def detect(run: Network, imgsz: int, evaluation_set: EvaluationSet, head: str) -
     found: list[Detection] = []
     for picture in track(evaluation_set.pictures, "evaluating"):
         image, fit = letterbox(read_picture(picture.path), imgsz)
-        if (fit.width, fit.height) != (picture.width, picture.height):
-            raise QuantrackError(
-                f"{picture.path}: has {fit.width} x {fit.height} pixels, but {evaluation_set.annotation_file} says "
-                f"{picture.width} x {picture.height}, and its boxes are in those; put the annotated picture there"
-            )
+        require_annotated_size(picture, (fit.width, fit.height), evaluation_set.annotation_file)
         found += decode(run(image[None])[0], head, fit, picture.id, category_ids)
     return tuple(found)
 

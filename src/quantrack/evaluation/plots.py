@@ -15,6 +15,7 @@ from quantrack.quantization.sensitivity import LayerSensitivity
 from quantrack.runtime.placement import Placement
 
 DARK, LIGHT, ACCENT, GREY = "#1f5a8a", "#b9d3e8", "#d9822b", "#555555"
+LOSS_COLOURS = (DARK, "#5c9bc8", LIGHT, GREY, "#3a8f5c", "#8a4f9e")
 SHOWN_OPERATORS = 15
 BAR_INCHES, BAR_HEIGHT = 0.19, 0.78
 DPI = 120
@@ -42,7 +43,7 @@ def training_figure(history: Mapping[str, Sequence[tuple[int, float]]], score: s
     """Curves over epochs: every loss on the left axis, the validation score of that name on the right one."""
     figure, axes = new_figure(7.2, 4.4)
     losses = {name: points for name, points in history.items() if name != score and points}
-    for (name, points), colour in zip(losses.items(), itertools.cycle((DARK, "#5c9bc8", LIGHT, GREY)), strict=False):
+    for (name, points), colour in zip(losses.items(), itertools.cycle(LOSS_COLOURS), strict=False):
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker="o", markersize=3, label=name)
     axes.set(xlabel="epoch", ylabel="loss per picture")
     axes.set_ylim(bottom=0)

@@ -18,7 +18,7 @@ from quantrack.files import write_json
 from quantrack.quantization.knapsack import least_error
 
 BIT_RANGE = range(2, 9)
-OFFERED_BITS = (3, 4, 5, 6, 7)  # not 8, which gain nothing, and which `pair_sums` would coarsen
+OFFERED_BITS = (3, 4, 5, 6, 7)  # not 8, which gain nothing, and which `fit_pair_sums` would coarsen
 PLANNED_BY = ("layer", "channel")  # what has bits of its own
 LayerBits = int | tuple[int, ...]  # of all weights of a layer, or of each output channel
 

@@ -103,7 +103,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     ),
     "fast": (*CALIBRATED, BiasCorrection()),
     "default": (PlanBits(), *CALIBRATED, ActivationRangeSearch(), Gptq(), BiasCorrection()),
-    "best": (PlanBits(), *CALIBRATED, ActivationRangeSearch(), Gptq(mirrored=True, output_sweeps=2), BiasCorrection()),
+    "best": (PlanBits(), *CALIBRATED, ActivationRangeSearch(), Gptq(output_sweeps=2), BiasCorrection()),
 }
 
 

@@ -114,6 +114,8 @@ def cached_sensitivity(job: QuantizationJob, settings: SensitivityMeasurement) -
 
     Activations do not enter it, so w4a8 and w4a16 share what is cached.
     """
+    if settings.measure == SCORED:
+        raise UsageError("sensitivity: measure=mAP needs a score: call measure_score_sensitivity")
     (key,) = step_keys(replace(job, scheme=WEIGHTS_ONLY, plan=None), [settings])
     return cached(job, "sensitivity", key, lambda: _table(job, settings), _records, _rows)
 

@@ -49,7 +49,8 @@ def prove_and_log(
         exported = export_quantized_files(job.model, facts, Path(folder))
         files = make_variant(exported, facts, job.calibration, settings.provider)
         session = open_session(files.optimized, settings.provider)
-        baseline = find_or_measure_baseline(detector, evaluation_set, BaselineSettings.like(settings))
+        float32 = replace(BaselineSettings.like(settings), provider=session.provider)  # what `auto` came to
+        baseline = find_or_measure_baseline(detector, evaluation_set, float32)
         reference = reference_for(files, facts, job.model, settings.provider)
         beside = baseline.open(settings.provider, Path(folder) / "float32")
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)

@@ -85,8 +85,8 @@ def training_folder(run_id: str) -> Iterator[Path]:
         say(f"training in {folder}; if it is interrupted, go on with: mlflow run . -e qat -P resume={run_id}")
         try:
             yield folder
-        except BaseException:
-            if [path.name for path in folder.iterdir()] == ["lock"]:  # refused before anything was done
+        except UsageError:
+            if [path.name for path in folder.iterdir()] == ["lock"]:  # a setting was refused: nothing to go on with
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     shutil.rmtree(folder, ignore_errors=True)

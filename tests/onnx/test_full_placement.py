@@ -417,3 +417,45 @@ def test_grids():
     assert groups.root("a") == groups.root("b") != groups.root("c")
     groups.join("a", "elsewhere")
     assert [members for _, members in groups] == [["a", "b"], ["c"]]
+
+
+def test_what_relu_reads_is_not_quantized(tmp_path: Path) -> None:
+    """Runtimes compute it with the convolution; a grid over what it reads would lie half on what it removes."""
+    value, node = helper.make_tensor_value_info, helper.make_node
+    nodes = [
+        node("Conv", ["images", "w"], ["a"], name="one"),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w"], ["c"], name="two"),
+        node("Relu", ["c"], ["d"]),
+        node("Conv", ["d", "w"], ["e"], name="three"),
+        node("Add", ["c", "e"], ["y"]),  # what is also read elsewhere keeps its own
+    ]
+    weights = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32)[:, :, None, None], "w")
+    shape = [1, 3, 8, 8]
+    graph = Graph(
+        helper.make_model(helper.make_graph(nodes, "g", [value("images", 1, shape)], [value("y", 1, shape)], [weights]))
+    )
+    grid = Grid(1 / 255, 0)
+    inputs = {name: ConvInput(tensor, grid) for name, tensor in (("one", "images"), ("two", "b"), ("three", "d"))}
+    assert tensors_to_quantize(graph, inputs) == {"images", "b", "c", "d", "e"}
+    assert (graph.activated("a"), graph.activated("c"), graph.activated("y")) == ("b", "c", "y")
+
+
+def test_convolutions_with_relu_count_as_integer_convolutions(tmp_path: Path) -> None:
+    value, node = helper.make_tensor_value_info, helper.make_node
+    nodes = [
+        node("Conv", ["images", "w"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("QuantizeLinear", ["b", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32)[:, :, None, None], "w"),
+        onnx.numpy_helper.from_array(np.float32(1 / 255), "scale"),
+        onnx.numpy_helper.from_array(np.uint8(0), "zero"),
+    ]
+    shape = [1, 3, 8, 8]
+    path = tmp_path / "relu.onnx"
+    graph = helper.make_graph(nodes, "g", [value("images", 1, shape)], [value("y", 1, shape)], constants)
+    onnx.save(helper.make_model(graph), path)
+    assert has_integer_convolutions(path)

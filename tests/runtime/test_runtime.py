@@ -14,7 +14,13 @@ from quantrack.onnx.inspect import sums_can_saturate
 from quantrack.runtime.exact_sums import sums_are_exact
 from quantrack.runtime.latency import _bind, measure_in_turns
 from quantrack.runtime.machine_load import OtherLoad, peak_memory_mb, watch_other_load
-from quantrack.runtime.parity import match_rows, measure_parity, one2many_differences, torch_network
+from quantrack.runtime.parity import (
+    match_rows,
+    measure_parity,
+    one2many_differences,
+    one2one_differences,
+    torch_network,
+)
 from quantrack.runtime.placement import measure_placement
 from quantrack.runtime.session import (
     REFERENCE,
@@ -204,7 +210,8 @@ def test_a_file_for_tensorrt_is_opened_as_it_is(monkeypatch: pytest.MonkeyPatch,
     asked: list[object] = []
     monkeypatch.setattr("quantrack.runtime.session.resolve_provider", lambda _: "tensorrt")
     monkeypatch.setattr(
-        "quantrack.runtime.session.ort.InferenceSession", lambda *_, providers: asked.append(providers[0]) or _Loaded()
+        "quantrack.runtime.session.ort.InferenceSession",
+        lambda *_, providers, **__: asked.append(providers[0]) or _Loaded(),
     )
     opened = open_session(integer_convolution, "tensorrt")
     assert (opened.provider, opened.settings) == ("tensorrt", SessionSettings())
@@ -260,6 +267,27 @@ def test_exact_sums_are_asked_for_where_they_are_not_given(
         assert session.settings == SessionSettings(exact_sums=not exact)
         assert {one.exact_sums for one in candidates(session.path, "cpu") if not one.fold_weights} == {not exact}
     np.testing.assert_array_equal(session.run(image), right)
+    # a file of which only a few convolutions compute on integers is opened with folded weights, and tuned without
+    monkeypatch.setattr("quantrack.runtime.session.has_integer_convolutions", lambda path: False)
+    assert settings_for(integer_convolution, "cpu") == SessionSettings(fold_weights=True)
+    assert {one.exact_sums for one in candidates(session.path, "cpu") if not one.fold_weights} == {True}
+
+
+def test_padding_with_zeros_stays_zeros_before_max_pool(tmp_path: Path) -> None:
+    """As YOLOv3-tiny pads; ONNX Runtime's own fusion pads with minus infinity."""
+    value, node = helper.make_tensor_value_info, helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Pad", ["images", "pads"], ["padded"]),
+            node("MaxPool", ["padded"], ["pooled"], kernel_shape=[2, 2], strides=[1, 1]),
+        ],
+        "g", [value("images", 1, [1, 3, 2, 2])], [value("pooled", 1, [1, 3, 2, 2])],
+        [numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 1, 1]), "pads")],
+    )  # fmt: skip
+    path = tmp_path / "pad.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    given = np.full((1, 3, 2, 2), -1, np.float32)
+    assert open_session(path, "cpu").run(given)[0, 0].tolist() == [[-1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (16, 1), (16, 2), (6, 2)])
@@ -327,20 +355,22 @@ def test_parity_of_the_same_network(net: nn.Module, session: Session) -> None:
 
 def test_rows_are_matched_by_class_and_box_not_by_order() -> None:
     rows = np.array([[0, 0, 9, 9, 0.9, 1], [50, 50, 60, 60, 0.8, 2], [0, 0, 9, 9, 0.01, 3]], np.float32)
-    expected, actual, unmatched = match_rows(rows, rows[[1, 0, 2]])
-    assert unmatched == 0
+    expected, actual, alone = match_rows(rows, rows[[1, 0, 2]])
+    assert len(alone) == 0
     np.testing.assert_array_equal(expected, actual)
-    assert match_rows(rows, rows[:1])[2] == 1
+    assert match_rows(rows, rows[:1])[2].tolist() == [pytest.approx(0.8)]
 
 
 def test_detections_of_either_side_count() -> None:
     rows = np.array([[0, 0, 9, 9, 0.9, 1], [50, 50, 60, 60, 0.8, 2], [0, 0, 9, 9, 0.01, 3]], np.float32)
     invented = rows.copy()
     invented[2] = 20, 20, 30, 30, 0.7, 4
-    assert match_rows(rows, invented)[2] == 1
+    assert match_rows(rows, invented)[2].tolist() == [pytest.approx(0.7)]
+    differences, unmatched = one2one_differences(rows, invented, 64)
+    assert (differences.max(), unmatched) == (pytest.approx(0.7), 1)  # and so in what `promote` goes by
     invented[2, 5] = 3  # a class that the other side has, unseen and elsewhere: a pair that is far apart
-    left, right, unmatched = match_rows(rows, invented)
-    assert unmatched == 0
+    left, right, alone = match_rows(rows, invented)
+    assert len(alone) == 0
     np.testing.assert_allclose(np.abs(left - right).max(axis=0), [20, 20, 21, 21, 0.69], atol=1e-6)
 
 

@@ -100,7 +100,7 @@ def tensors_to_quantize(graph: Graph, conv_inputs: Mapping[str, ConvInput]) -> s
     on_integers = {item.name for item in graph.model.graph.input}
     for node in graph.nodes:
         if node.op_type == "Conv" and node.name in conv_inputs:
-            on_integers.update(node.output)
+            on_integers.update(graph.activated(output) for output in node.output)
         elif node.op_type in BETWEEN_QUANTIZERS and node.output[0] in upstream and on_integers & set(node.input):
             activations = [name for name in node.input if name not in graph.initializers and name]
             # a product with a constant, as in attention, has no integer kernel without quantizing the constant

@@ -49,6 +49,14 @@ class Graph:
         known = [item for item in inferred if item.type.tensor_type.HasField("shape")]
         return {item.name: [side.dim_value for side in item.type.tensor_type.shape.dim] for item in known}
 
+    def activated(self, tensor: str) -> str:
+        """The result of the Relu that alone reads a tensor, else the tensor.
+
+        Runtimes compute a Relu with the convolution before it, on integers as well.
+        """
+        consumers = self.consumers[tensor]
+        return str(consumers[0].output[0]) if [node.op_type for node in consumers] == ["Relu"] else tensor
+
     def add(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
         """Add a constant under a name that is free; returns the name."""
         tensor = numpy_helper.from_array(np.asarray(value), name)

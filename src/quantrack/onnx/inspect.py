@@ -105,7 +105,9 @@ def has_integer_convolutions(path: Path) -> bool:
     """Whether a runtime can compute most convolutions on integers, as their results are quantized too."""
     nodes = load_onnx(path).graph.node
     results = {name for node in nodes if node.op_type == "Conv" for name in node.output}
-    quantized = results & {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    relu_of = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Relu"}
+    read = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    quantized = results & {relu_of.get(name, name) for name in read}
     return 2 * len(quantized) > len(results)
 
 

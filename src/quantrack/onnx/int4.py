@@ -84,7 +84,7 @@ def _packed(graph: Graph, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
     graph.add(name, _as_int4(integers))
     convolution = convolution_of(graph, dequantize.output[0])
     assert convolution is not None
-    if any(node.op_type == "QuantizeLinear" for node in graph.consumers[convolution.output[0]]):
+    if any(node.op_type == "QuantizeLinear" for node in graph.consumers[graph.activated(convolution.output[0])]):
         dequantize.input[0] = f"{name}/int8"
         return [helper.make_node("Cast", [name], [f"{name}/int8"], name=f"{name}/Cast", to=onnx.TensorProto.INT8)]
     dequantize.input[0] = name

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from quantrack.datasets.pictures import PAD_VALUE
+from quantrack.detector.device import has_bfloat16
 from quantrack.detector.heads import RawOutputTap, head_levels, raw_outputs
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
@@ -173,8 +174,3 @@ def augmented(picture: Tensor, draw: random.Random, smallest_zoom: float, larges
 
 def _state(twin: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in twin.state_dict().items()}
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32; processors without its instructions take longer."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from quantrack.cache import cache_folder
+from quantrack.detector.device import has_bfloat16
 from quantrack.files import atomic_path, code_digests, combined_digest, write_json
 from quantrack.progress import say
 from quantrack.quantization.bit_plan import BitPlan
@@ -49,6 +50,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
             str(job.batch),
             str(job.seed),
             job.device.type,
+            str(has_bfloat16(job.device)),  # what distillation computes in
             str(torch.get_num_threads()),
             *(f"{name} {version(name)}" for name in LIBRARIES),
             *code_digests(ROOMS),

@@ -83,9 +83,12 @@ def one2many_differences(
 def one2one_differences(
     expected: NDArray[np.float32], actual: NDArray[np.float32], imgsz: int
 ) -> tuple[NDArray[np.float32], int]:
-    """Of rows [300, 6]: the boxes and scores of pairs, and how many detections of either have no partner."""
-    left, right, unmatched = match_rows(expected, actual)
-    return (np.abs(left - right) / np.array([imgsz, imgsz, imgsz, imgsz, 1], np.float32)).ravel(), unmatched
+    """Of rows [300, 6]: the boxes and scores of pairs, the scores of detections of either that have no partner, and
+    how many these are.
+    """
+    left, right, alone = match_rows(expected, actual)
+    pairs = np.abs(left - right) / np.array([imgsz, imgsz, imgsz, imgsz, 1], np.float32)
+    return np.concatenate([pairs.ravel(), alone]), len(alone)
 
 
 def torch_network(model: nn.Module) -> Network:
@@ -113,33 +116,33 @@ def require_same_outputs(one: Session, other: Session, inputs: Iterable[NDArray[
 
 def match_rows(
     expected: NDArray[np.float32], actual: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Pair one-to-one rows [300, 6] by class and nearest box; rows are sorted by score, which may swap.
 
     Each detection of `expected` takes a row of `actual`, then each of `actual` that is left a row of `expected`.
 
     Returns:
-        The paired (box, score) rows of both, shape [pairs, 5], and how many detections of either found no partner.
+        The paired (box, score) rows of both, shape [pairs, 5], and the scores of detections of either without partner.
     """
     unpaired = np.ones(len(expected), bool), np.ones(len(actual), bool)
     pairs: list[tuple[int, int]] = []
-    alone = 0
+    alone: list[float] = []
     for index in map(int, np.flatnonzero(expected[:, 4] >= SHOWN_SCORE)):
         partner = _nearest(expected[index], actual, unpaired[1])
         if partner is None:
-            alone += 1
+            alone.append(float(expected[index, 4]))
         else:
             pairs.append((index, partner))
             unpaired[0][index] = unpaired[1][partner] = False
     for index in map(int, np.flatnonzero((actual[:, 4] >= SHOWN_SCORE) & unpaired[1])):
         partner = _nearest(actual[index], expected, unpaired[0])
         if partner is None:
-            alone += 1
+            alone.append(float(actual[index, 4]))
         else:
             pairs.append((partner, index))
             unpaired[0][partner] = False
     left, right = ([pair[side] for pair in pairs] for side in (0, 1))
-    return expected[left, :5], actual[right, :5], alone
+    return expected[left, :5], actual[right, :5], np.array(alone, np.float32)
 
 
 def _nearest(row: NDArray[np.float32], among: NDArray[np.float32], free: NDArray[np.bool_]) -> int | None:

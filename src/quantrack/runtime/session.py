@@ -24,6 +24,7 @@ FULL_NAMES = {
     CPU: "CPUExecutionProvider",
     TENSORRT: "TensorrtExecutionProvider",
 }
+WRONG_OPTIMIZERS = ["Pad_Fusion"]  # makes a Pad with zeros a part of MaxPool, which pads with minus infinity
 OPTIMIZATION = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -85,8 +86,13 @@ def settings_for(path: Path, provider: str) -> SessionSettings:
     if provider == TENSORRT:
         return SessionSettings()
     if has_integer_convolutions(path):
-        return SessionSettings(exact_sums=not sums_are_exact() and sums_can_saturate(path))
+        return SessionSettings(exact_sums=wants_exact_sums(path))
     return SessionSettings(fold_weights=has_quantizers(path))
+
+
+def wants_exact_sums(path: Path) -> bool:
+    """Whether the usual integer kernels of this processor would saturate with a file's weights."""
+    return not sums_are_exact() and sums_can_saturate(path)
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,9 @@ def _session(path: Path, provider: str, settings: SessionSettings, profile: Path
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        return ort.InferenceSession(str(path), options, providers=_providers(path, provider, settings))
+        return ort.InferenceSession(
+            str(path), options, providers=_providers(path, provider, settings), disabled_optimizers=WRONG_OPTIMIZERS
+        )
     except Exception as error:  # ONNX Runtime's exception classes share no public base
         reason = " ".join(str(error).split())[:200]
         raise QuantrackError(f"onnx={path}: ONNX Runtime cannot open it ({reason})") from error

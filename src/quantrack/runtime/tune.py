@@ -18,6 +18,7 @@ from quantrack.runtime.session import (
     resolve_provider,
     settings_for,
     usable_cores,
+    wants_exact_sums,
 )
 
 
@@ -40,7 +41,8 @@ def candidates(path: Path, provider: str) -> tuple[SessionSettings, ...]:
     copying = replace(usual, io_binding=False)  # what copying to the GPU and back costs; no setting to choose
     if resolved == TENSORRT:
         return (usual, replace(usual, fp16=True), copying)
-    plain = SessionSettings(exact_sums=usual.exact_sums)  # what is right comes before what is fast
+    # what is right comes before what is fast, also where not most but some convolutions compute on integers
+    plain = SessionSettings(exact_sums=wants_exact_sums(path))
     found: tuple[SessionSettings, ...] = (plain,)
     if has_quantizers(path):
         found += (SessionSettings(fold_weights=True),)

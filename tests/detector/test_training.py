@@ -149,7 +149,8 @@ def test_training_takes_the_threads_that_there_are(job: TrainingJob) -> None:
     before, seen = torch.get_num_threads(), []
     try:
         torch.set_num_threads(3)
-        train(replace(job, validate=lambda network: seen.append(torch.get_num_threads()) or 0.5))
+        short = replace(job, settings=replace(job.settings, epochs=1))
+        train(replace(short, validate=lambda network: seen.append(torch.get_num_threads()) or 0.5))
         assert set(seen) == {3}
         assert torch.get_num_threads() == 3
     finally:

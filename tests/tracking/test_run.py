@@ -10,12 +10,13 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.tracking import run as runs
 from quantrack.tracking.compare import _made
 from quantrack.tracking.log import log_table
 from quantrack.tracking.read import require_run
 from quantrack.tracking.run import name_run, resumed_run, tracked_run
+from quantrack.tracking.training import training_folder
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,19 @@ def test_a_table_logged_again_replaces_the_first() -> None:
         log_table({"class": ["cat", "dog"], "boxes": [2, 3]}, "classes.json")
     again = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/classes.json"))
     assert (again["columns"], again["data"]) == (["class", "boxes"], [["cat", 2], ["dog", 3]])
+
+
+def test_only_a_refused_setting_leaves_no_folder_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while its PTQ start is being made is gone on with by `resume`, which wants the folder."""
+    monkeypatch.setenv("QUANTRACK_CACHE", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), training_folder("interrupted"):
+        raise KeyboardInterrupt
+    with pytest.raises(UsageError), training_folder("refused"):
+        raise UsageError("from_run=x: its mode is w8a8, not w4a8")
+    (tmp_path / "training/under way").mkdir()
+    (tmp_path / "training/under way/last.pt").touch()
+    with pytest.raises(UsageError), training_folder("under way"):
+        raise UsageError("recipe=fast: another than the run's")
+    with training_folder("finished"):
+        pass
+    assert {path.name for path in (tmp_path / "training").iterdir()} == {"interrupted", "under way"}

@@ -113,8 +113,8 @@ def train(job: TrainingJob) -> Trained:
     _require_same_student(job)
     if not _is_finished(job):
         # a class of its own, so that DDP's processes get the job with it
-        kind, threads = type("FineTuningOfOneJob", (FineTuning,), {"job": job}), torch.get_num_threads()
-        with variable_kept("CUDA_VISIBLE_DEVICES"), _threads_kept():  # Ultralytics may change both
+        kind = type("FineTuningOfOneJob", (FineTuning,), {"job": job})
+        with variable_kept("CUDA_VISIBLE_DEVICES"), _threads_kept() as threads:  # Ultralytics may change both
             try:
                 trainer = kind(overrides=_overrides(job))
                 torch.set_num_threads(threads)
@@ -129,11 +129,11 @@ def train(job: TrainingJob) -> Trained:
 
 
 @contextmanager
-def _threads_kept() -> Iterator[None]:
-    """Ultralytics trains on one core fewer than the machine has, and leaves it at that."""
+def _threads_kept() -> Iterator[int]:
+    """The threads that there are; Ultralytics would train on one core fewer than the machine has, and leave it so."""
     threads = torch.get_num_threads()
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 

@@ -13,7 +13,7 @@ from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, float_file_of
+from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, float_file_of, log_given_file
 from quantrack.tracking.result import log_benchmark, log_tuning, resolved_by_file
 
 
@@ -27,6 +27,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
             session = open_given(path, settings.provider)
             facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", resolved_by_file(settings, facts))
+        log_given_file(settings.onnx, path)
         float_file = settings.baseline or float_file_of(settings.onnx)
         beside = None
         if float_file:

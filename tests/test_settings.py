@@ -2,7 +2,15 @@ import pytest
 
 from quantrack.errors import UsageError
 from quantrack.quantization.plan_bits import PlanBits
-from quantrack.settings import CompareSettings, DataSettings, PtqSettings, parse_settings, setting_texts
+from quantrack.settings import (
+    CompareSettings,
+    DataSettings,
+    PtqSettings,
+    QatSettings,
+    SensitivitySettings,
+    parse_settings,
+    setting_texts,
+)
 
 PLANS = (
     ({}, PlanBits()),
@@ -91,3 +99,20 @@ def test_an_unknown_storage_is_refused():
 def test_there_must_be_a_folder_to_prepare(root, said):
     with pytest.raises(UsageError, match=said):
         parse_settings(DataSettings, {"data_root": root})
+
+
+def test_a_resumed_training_takes_its_own_settings_however_they_were_typed():
+    recorded = {"lr0": "5e-4", "amp": "True", "model": "demo", "device_resolved": "cpu"}
+    parse_settings(QatSettings, {"lr0": "5e-4", "amp": "true", "resume": "x"}).require_only_resume(recorded)
+    with pytest.raises(UsageError, match=r"lr0=0.002: run x goes on with its own \(0.0005\); leave it out"):
+        parse_settings(QatSettings, {"lr0": "2e-3", "resume": "x"}).require_only_resume(recorded)
+
+
+def test_sensitivity_runs_nothing_in_onnx_runtime():
+    with pytest.raises(UsageError, match="require_gpu=true: sensitivity runs nothing in ONNX Runtime"):
+        SensitivitySettings(require_gpu=True)
+
+
+def test_a_training_has_the_size_that_it_says():
+    with pytest.raises(UsageError, match="imgsz=304: must be a multiple of 32 to be trained at"):
+        QatSettings(imgsz=304)

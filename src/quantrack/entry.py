@@ -23,7 +23,7 @@ from quantrack.tracking.run import tracked_run
 
 S = TypeVar("S")
 INTERRUPTED = 130
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last as a terminal is closed
 TOGETHER = 5.0  # seconds
 
 
@@ -126,7 +126,10 @@ class _Interrupts:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and `kill` interrupt, unless whoever started this process has it ignore them, as `nohup` does."""
+    """Ctrl-C, `kill` and a closed terminal interrupt.
+
+    Unless whoever started this process has it ignore them, as `nohup` does.
+    """
     interrupts = _Interrupts()
     before = {number: signal.getsignal(number) for number in INTERRUPTS}
     heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]

@@ -41,7 +41,7 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which takes its place only if the block succeeds.
+    """Yield a temporary folder beside `path`, which takes its place only if the block succeeds and has not removed it.
 
     Where another process puts a folder there at the same moment, that one stays.
     """
@@ -50,6 +50,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if not temporary.is_dir():
+            return
         shutil.rmtree(path, ignore_errors=True)
         try:
             os.replace(temporary, path)

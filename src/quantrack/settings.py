@@ -27,6 +27,7 @@ from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_m
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 PRECISIONS = VARIANTS["precision"]
+TRAINED_SIZES = 32  # pixels; Ultralytics rounds others up, whatever the stride
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator, which Ultralytics seeds, takes
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
@@ -259,6 +260,8 @@ class QatSettings(PtqSettings):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}: must not be negative")
         _require(math.isfinite(self.distill_weight), f"distill_weight={self.distill_weight}: must be finite")
+        fits = self.imgsz % TRAINED_SIZES == 0
+        _require(fits, f"imgsz={self.imgsz}: must be a multiple of {TRAINED_SIZES} to be trained at")
         _require(self.train_images != 1, "train_images=1: must be at least 2, as one is held back; 0 = all")
         for name in ("lr0", "lr0_scales"):
             value = getattr(self, name)
@@ -278,9 +281,11 @@ class QatSettings(PtqSettings):
             UsageError: one is.
         """
         usual = default_texts(QatSettings)
+        own = {name: text for name, text in recorded.items() if name in usual}
+        recorded = setting_texts(parse_settings(QatSettings, own))  # 5e-4 was logged as it was typed
         for name, text in setting_texts(self).items():
-            if name != "resume" and text not in (usual[name], recorded.get(name)):
-                was = recorded.get(name, "not set")
+            if name != "resume" and text not in (usual[name], recorded[name]):
+                was = recorded[name] or "not set"
                 raise UsageError(f"{name}={text}: run {self.resume} goes on with its own ({was}); leave it out")
 
 
@@ -345,6 +350,7 @@ class SensitivitySettings(SharedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(not self.require_gpu, "require_gpu=true: sensitivity runs nothing in ONNX Runtime; give device=cuda")
         scheme = parse_mode(self.mode)
         known = ", ".join(MEASURES)
         _require(self.measure in MEASURES, f"measure={self.measure}: unknown measure; use one of {known}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from quantrack.datasets.download import DownloadSettings, build_from_source, download_coco, extract
-from quantrack.datasets.fetch import FetchPolicy, fetch
+from quantrack.datasets.fetch import PROGRESS_BYTES, FetchPolicy, fetch
 from quantrack.datasets.pictures import picture_problem
 from quantrack.errors import QuantrackError, UsageError
 
@@ -196,6 +196,32 @@ def test_faults_without_end_give_one_line(server: Server, tmp_path: Path, fault:
     assert "\n" not in str(caught.value)
     assert server.requests["/picture.jpg"] == 3
     assert not (tmp_path / "picture.jpg").exists()
+
+
+def test_a_long_file_takes_as_many_tries_as_it_needs(server: Server, tmp_path: Path) -> None:
+    def breaks_off(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        start = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body) - start))
+        handler.end_headers()
+        handler.wfile.write(body[start : start + PROGRESS_BYTES])
+
+    long = jpg(6 * PROGRESS_BYTES)
+    server.content["/picture.jpg"], server.faults["/picture.jpg"] = long, [breaks_off] * 5
+    assert get(server, tmp_path).read_bytes() == long
+    assert server.requests["/picture.jpg"] > FAST.retries + 1
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(server: Server, tmp_path: Path) -> None:
+    def busy(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        handler.send_response(429)
+        handler.send_header("Retry-After", "1")
+        handler.end_headers()
+
+    server.content["/picture.jpg"], server.faults["/picture.jpg"] = jpg(), [busy]
+    start = time.monotonic()
+    assert get(server, tmp_path).read_bytes() == jpg()
+    assert time.monotonic() - start >= 1
 
 
 def test_missing_is_not_retried(server: Server, tmp_path: Path) -> None:
@@ -385,6 +411,24 @@ def test_full_archives(coco_server: Server, tmp_path: Path) -> None:
     assert not list((tmp_path / "data").rglob("*.zip"))
     again = download_coco(wanted(coco_server, tmp_path, images="all"))
     assert (again.downloaded, again.reused, coco_server.requests.total()) == (0, 8, 3)
+
+
+def test_a_split_with_a_truncated_picture_is_fetched_again(coco_server: Server, tmp_path: Path) -> None:
+    download_coco(wanted(coco_server, tmp_path, images="all"))
+    picture = tmp_path / f"data/val2017/{10:012d}.jpg"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-40])
+    again = download_coco(wanted(coco_server, tmp_path, images="all"))
+    assert picture.read_bytes() == whole
+    assert (again.downloaded, again.reused) == (4, 4)
+
+
+def test_all_pictures_of_annotations_without_a_name(coco_server: Server, tmp_path: Path) -> None:
+    nameless = json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}).encode()
+    members = dict.fromkeys(("annotations/instances_val2017.json", "annotations/instances_train2017.json"), nameless)
+    coco_server.content["/annotations/annotations_trainval2017.zip"] = archive(members)
+    with pytest.raises(QuantrackError, match=r"instances_val2017.json: file name of a picture is a path or missing"):
+        download_coco(wanted(coco_server, tmp_path, images="all"))
 
 
 def test_annotation_archive_without_the_instances(coco_server: Server, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_end_of_a_thumbnail_is_not_that_of_its_picture(tmp_path: Path) -> No
 
 
 def test_pictures_are_told_by_their_names(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "notes.txt", "c.jpeg"):
+    for name in ("b.JPG", "a.png", "notes.txt", "c.jpeg", "._c.jpeg", ".b.123.tmp.jpg"):
         (tmp_path / name).touch()
     assert [path.name for path in pictures_in(tmp_path)] == ["a.png", "b.JPG", "c.jpeg"]
     assert pictures_in(tmp_path / "nowhere") == []

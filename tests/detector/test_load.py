@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from awake import boxes_and_scores, error_shares, wake
 from torch import nn
 
 from quantrack.detector.load import load_detector
@@ -46,17 +47,26 @@ def test_fewer_anchors_than_detections():
     assert load("yolov10n.yaml", "one2one").model(torch.rand(1, 3, IMGSZ, IMGSZ)).shape == (1, ANCHORS, 6)
 
 
-def test_fold_keeps_outputs():
+def test_fold_keeps_outputs(tmp_path):
     prepare()
     from ultralytics.nn.tasks import DetectionModel
 
     torch.manual_seed(3)
-    before = DetectionModel("yolov10n.yaml", verbose=False).eval()
+    before = DetectionModel("yolov10n.yaml", verbose=False).eval().requires_grad_(False)
+    for module in before.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.bias):
+                nn.init.normal_(values)
+            for values in (module.running_var, module.weight):
+                nn.init.uniform_(values, 0.5, 2)
+    wake(before, IMGSZ)
+    torch.save({"model": before}, tmp_path / "awake.pt")
     images = torch.rand(1, 3, IMGSZ, IMGSZ)
+    folded = load(tmp_path / "awake.pt").model
     with torch.no_grad():
-        expected = before(images)[0]
-        found = load("yolov10n.yaml", seed=3).model(images)
+        expected, found = before(images)[0], folded(images)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert max(error_shares(found, expected, folded, images, boxes_and_scores)) < 1e-4
 
 
 def test_seed_and_scale_decide_the_digest():

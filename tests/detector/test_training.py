@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from awake import wake
 from torch import nn
 
 from quantrack.datasets.demo import demo_folder
@@ -87,6 +88,34 @@ def test_the_heads_weigh_as_at_the_end_of_a_detectors_training(job: TrainingJob)
     loss = job.student.new_criterion()
     assert (loss.one2many_share, loss.one2one_share) == (pytest.approx(0.1), pytest.approx(0.9))
     assert not hasattr(loss, "update")  # by which the trainer would move them
+
+
+@pytest.mark.parametrize(("source", "head"), [("demo", "one2many"), ("demo", "one2one"), ("yolov8n.yaml", "one2many")])
+def test_each_kind_of_head_learns_alone(source: str, head: str) -> None:
+    """A detector with one head, and one that has lost its one-to-many head."""
+    network = load_detector(source, head, 64, 0, trust_checkpoint=False).model
+    if source != "demo":
+        wake(network, 64)
+    student = Student(network, None, None, mixed_precision=False).requires_grad_(True).train()
+    student.args = SimpleNamespace(epochs=10, box=7.5, cls=0.5, dfl=1.5, cls_pw=0.0, overlap_mask=True)
+    box = {"cls": torch.zeros(2, 1), "bboxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]] * 2), "batch_idx": torch.arange(2.0)}
+    loss, parts = student({"img": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), **box})
+    loss.backward()
+    assert all(torch.isfinite(part).all() for part in parts.values())
+    assert parts["box_loss"] > 0
+    gradient = next(student.network.parameters()).grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 1e-4
+
+
+def test_memory_that_runs_out_does_not_change_the_batch(job: TrainingJob) -> None:
+    def runs_out(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    job.student.further_loss = runs_out
+    with pytest.raises(QuantrackError, match="batch=4: memory ran out in training; give a smaller batch"):
+        train(replace(job, validate=scores(0.5, 0.4)))
 
 
 def test_only_what_is_learned_counts_in_the_clipped_norm(job: TrainingJob) -> None:

@@ -306,13 +306,19 @@ def test_the_one_to_many_head_too(small, tmp_path):
     assert open_session(target, "cpu").output_shape == open_session(path, "cpu").output_shape
 
 
-def test_observed_ranges_hold_every_value(small, observed):
+def test_observed_ranges_hold_every_value(small, observed, tmp_path):
     path = small.files("w8a8", placement="full").optimized
-    name = next(iter(observed))
-    session = open_session(path, "cpu")
-    assert session.inference.get_outputs()[0].name == "output0"
-    assert observed[name].minimum <= observed[name].maximum
     assert set(observed) == set(observable_tensors(path))
+    model = onnx.load(path)
+    model.graph.output.extend(helper.make_tensor_value_info(name, 1, None) for name in observed)
+    onnx.save(model, tmp_path / "tapped.onnx")
+    session = open_session(tmp_path / "tapped.onnx", "cpu").inference
+    pictures = list(small.calibration.batches(small.SIZE, 1))[:2]
+    seen = [session.run(list(observed), {"images": picture}) for picture in pictures]
+    for name, *values in zip(observed, *seen, strict=True):
+        assert observed[name] == ObservedRange(min(each.min() for each in values), max(each.max() for each in values))
+    assert any(first.max() > second.max() for first, second in zip(*seen, strict=True))
+    assert any(first.max() < second.max() for first, second in zip(*seen, strict=True))
 
 
 def test_float_activations_are_refused(small, tmp_path):
@@ -375,6 +381,17 @@ def test_operands_of_concat_are_aligned_where_that_costs_less_than_a_bit(narrow,
     grids = assign_grids(graph, tensors, conv_inputs, ranges)
     assert (grids["a"] == grids["c"]) is aligned
     assert grids["b"] == grids["c"] == Grid.over(0.0, 10.0)
+
+
+@pytest.mark.parametrize(("operator", "aligned"), [("Relu", False), ("Sqrt", True)])
+def test_a_relu_keeps_a_grid_from_zero_up(operator, aligned):
+    graph, ranges = concatenation(9.0)
+    graph.nodes[0].CopyFrom(helper.make_node(operator, ["images"], ["a"]))
+    conv_inputs = {"last": ConvInput("c", Grid.over(-3.0, 10.0))}
+    grids = assign_grids(Graph(graph.model), tensors_to_quantize(graph, conv_inputs) | {"a"}, conv_inputs, ranges)
+    assert grids["c"].zero_point > 0
+    assert (grids["a"] == grids["c"]) is aligned
+    assert (grids["a"].zero_point == 0) is not aligned
 
 
 def test_an_operand_that_stays_float_is_not_aligned():
@@ -441,21 +458,38 @@ def test_what_relu_reads_is_not_quantized(tmp_path: Path) -> None:
     assert (graph.activated("a"), graph.activated("c"), graph.activated("y")) == ("b", "c", "y")
 
 
-def test_convolutions_with_relu_count_as_integer_convolutions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("relu", "scales", "zero_point", "float_input", "kernels"),
+    [
+        (True, 1, 0, False, 1),
+        (False, 1, 50, False, 1),
+        (True, 1, 50, False, 0),  # the Relu stays between the two
+        (True, 3, 0, False, 0),  # equalized channels
+        (False, 1, 0, True, 0),
+    ],
+)
+def test_what_counts_as_an_integer_convolution_becomes_one(relu, scales, zero_point, float_input, kernels, tmp_path):
     value, node = helper.make_tensor_value_info, helper.make_node
+    axis = {"axis": 1} if scales > 1 else {}
     nodes = [
-        node("Conv", ["images", "w"], ["a"]),
-        node("Relu", ["a"], ["b"]),
-        node("QuantizeLinear", ["b", "scale", "zero"], ["q"]),
-        node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+        node("QuantizeLinear", ["images", "scale", "zero"], ["qx"]),
+        node("DequantizeLinear", ["qx", "scale", "zero"], ["x"]),
+        node("DequantizeLinear", ["integers", "scale", "signed zero"], ["w"]),
+        node("Conv", ["images" if float_input else "x", "w"], ["a"]),
+        *([node("Relu", ["a"], ["b"])] if relu else []),
+        node("QuantizeLinear", ["b" if relu else "a", "scales", "zeros"], ["q"], **axis),
+        node("DequantizeLinear", ["q", "scale", "zero of y"], ["y"]),
     ]
-    constants = [
-        onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32)[:, :, None, None], "w"),
-        onnx.numpy_helper.from_array(np.float32(1 / 255), "scale"),
-        onnx.numpy_helper.from_array(np.uint8(0), "zero"),
-    ]
+    constants = {
+        "integers": 100 * np.eye(3, dtype=np.int8)[:, :, None, None], "signed zero": np.int8(0),
+        "scale": np.float32(1 / 255), "zero": np.uint8(0), "zero of y": np.uint8(zero_point),
+        "scales": np.full(scales, 1 / 255, np.float32) if scales > 1 else np.float32(1 / 255),
+        "zeros": np.full(scales, zero_point, np.uint8) if scales > 1 else np.uint8(zero_point),
+    }  # fmt: skip
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     shape = [1, 3, 8, 8]
-    path = tmp_path / "relu.onnx"
-    graph = helper.make_graph(nodes, "g", [value("images", 1, shape)], [value("y", 1, shape)], constants)
-    onnx.save(helper.make_model(graph), path)
-    assert has_integer_convolutions(path)
+    graph = helper.make_graph(nodes, "g", [value("images", 1, shape)], [value("y", 1, shape)], initializers)
+    path = tmp_path / "small.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    assert has_integer_convolutions(path) == bool(kernels)
+    assert optimized_operators(path, tmp_path)["QLinearConv"] == kernels

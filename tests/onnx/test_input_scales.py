@@ -61,12 +61,15 @@ def test_the_file_runs_by_onnx_runtimes_own_defaults(small, mode, optimization):
     assert parity.mean_abs < 0.02
 
 
-def test_a_result_that_goes_on_to_a_quantizer_is_multiplied_itself():
+@pytest.mark.parametrize("bias", [["bias"], ["copy"]])
+def test_a_result_that_goes_on_to_a_quantizer_is_multiplied_itself(bias):
+    """Of two equal biases the exporter keeps one, and gives the other convolution an Identity of it."""
     random = np.random.default_rng(0)
     model = _model(
         [
             helper.make_node("DequantizeLinear", ["integers", "scales"], ["weights"], axis=0),
-            helper.make_node("Conv", ["x", "weights", "bias"], ["result"], name="first"),
+            helper.make_node("Identity", ["bias"], ["copy"]),
+            helper.make_node("Conv", ["x", "weights", *bias], ["result"], name="first"),
             helper.make_node("Mul", ["result", "factors"], ["scaled"]),
             helper.make_node("QuantizeLinear", ["scaled", "scale", "zero"], ["quantized"], name="quantize"),
             helper.make_node("DequantizeLinear", ["quantized", "scale", "zero"], ["input"]),
@@ -88,7 +91,7 @@ def test_a_result_that_goes_on_to_a_quantizer_is_multiplied_itself():
     graph = Graph(model)
     assert fold_input_scales(graph) == 1
     onnx.checker.check_model(graph.model, full_check=True)
-    assert "Mul" not in {node.op_type for node in graph.nodes}
+    assert not {"Mul", "Identity"} & {node.op_type for node in graph.nodes}
     found = ReferenceEvaluator(graph.model).run(None, {"x": x})[0]
     assert np.mean(np.abs(found - expected) < 1e-4) > 0.98  # a value on a rounding edge may fall either way
 

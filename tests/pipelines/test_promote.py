@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from command import ROOT, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
+from quantrack.files import file_digest
+
+FILE = "small-w4a8-qcdq-ptq-opt.onnx"
 LENIENT = ("--max-drop", "100")  # 12 pictures: the interval is wide
 
 
@@ -90,6 +94,11 @@ def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> 
     assert done.returncode == 0, done.stderr
     done = run_pipeline(shared_store, "benchmark", "--onnx", "models:/scored@champion", "--latency-runs", "2")
     assert done.returncode == 0, done.stderr
+    tags = newest_run(shared_store, "benchmark").data.tags  # the alias may move
+    assert tags["onnx_version"] == "models:/scored/1"
+    with tempfile.TemporaryDirectory() as folder:
+        file = mlflow.artifacts.download_artifacts(f"runs:/{ptq_run.info.run_id}/onnx/{FILE}", dst_path=folder)
+        assert tags["onnx_digest"] == file_digest(Path(file))
 
 
 def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, shared_store: Path) -> None:
@@ -241,9 +250,18 @@ def test_one_clear_line(case: str, shared_store: Path) -> None:
 
 
 def test_parent_without_ptq_runs(ptq_run: Run, shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "promote", "--name", "n", "--from", ptq_run.info.run_id)
+    done = run_pipeline(shared_store, "promote", "--name", "n", "--from", ptq_run.data.tags["baseline_run_id"])
     assert done.returncode == 1
     assert "no finished ptq or qat run among its runs; give a compare run, or run_id" in done.stderr
+
+
+def test_the_start_nested_in_a_training_is_not_taken_for_it(ptq_run: Run, shared_store: Path) -> None:
+    training = copied(ptq_run, shared_store, "training", tags={"entry_point": "qat"})
+    copied(ptq_run, shared_store, "start", tags={"mlflow.parentRunId": training.info.run_id})
+    done = run_pipeline(shared_store, "promote", "--name", "n", "--from", training.info.run_id, *LENIENT)
+    assert done.returncode == 1
+    assert f"error: from={training.info.run_id}: is itself a ptq or qat run; give it as run_id" in done.stderr
+    assert not is_registered("n")
 
 
 def test_two_commands_at_once(ptq_run: Run, shared_store: Path) -> None:

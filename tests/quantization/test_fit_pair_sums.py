@@ -121,6 +121,7 @@ def test_what_is_not_finite_ends_it() -> None:
     layer = convolution()
     layer.weight[0, 0, 0, 0] = torch.nan
     fit_pair_sums(layer)
+    assert largest_pair(integers(layer))[1:].max() <= MAX_PAIR_SUM  # the other channels
 
 
 @pytest.mark.parametrize(("bits", "value", "largest"), [(4, 1.0, 14), (4, -1.0, 16), (7, 1.0, 126), (7, -1.0, 128)])

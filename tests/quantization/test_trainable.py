@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from quantrack.quantization.layers import LayerPlan, insert_quantizers, quantized_layers, set_weight_scale
+from quantrack.quantization.layers import (
+    LayerPlan,
+    insert_quantizers,
+    quantized_layers,
+    set_activation_range,
+    set_weight_scale,
+)
 from quantrack.quantization.trainable import (
     Rates,
     TrainableConvolution,
@@ -31,6 +39,28 @@ def mixed_layer() -> TrainableConvolution:
     set_weight_scale(quantized_layers(net)["0"], torch.tensor([1 / (2 ** (bits - 1) - 1) for bits in CHANNEL_BITS]))
     (layer,) = trainable_layers(trainable_twin(net, float_net)).values()
     return layer
+
+
+def test_bfloat16_keeps_to_the_grids_and_their_gradients() -> None:
+    """Its values from 128 steps on are whole steps apart: dequantized ones would leave the grid, and so would x - x."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False)).eval().requires_grad_(False)
+    net[0].weight.fill_(0.01)
+    float_net = copy.deepcopy(net)
+    insert_quantizers(net, {"0": LayerPlan(8, "asymmetric")})
+    (quantized,) = quantized_layers(net).values()
+    set_weight_scale(quantized, torch.tensor([0.01]))
+    set_activation_range(quantized, -0.2784, 5.0)
+    (layer,) = trainable_layers(trainable_twin(net, float_net)).values()
+    x = nn.functional.silu(torch.linspace(-4, 4.9, 9600)).bfloat16().reshape(1, 1, 96, 100)
+    found = []
+    for mixed in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            output = layer(x if mixed else x.float())
+        (output * torch.linspace(-1, 1, 100)).sum().backward()
+        found.append((output.detach(), layer.input_log_change.grad.clone(), layer.log_change.grad.clone()))
+    for plain, in_bfloat16 in zip(*found, strict=True):
+        torch.testing.assert_close(in_bfloat16, plain, rtol=5e-3, atol=1e-6)
 
 
 def test_channels_of_any_bits_move_alike() -> None:

@@ -256,6 +256,20 @@ def test_an_interrupted_move_to_a_deleted_version_is_dropped(name: str) -> None:
     assert aliases(name) == {"champion": "2", "previous": "1"}
 
 
+def test_an_interrupted_move_does_not_undo_what_was_decided_since(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        promote(name, measured_run())
+    move = Move("promotion", "2", "1")
+    mlflow.MlflowClient().set_registered_model_tag(name, MOVE_TAG, json.dumps(vars(move)))
+    with open_registry(name):
+        pass
+    assert aliases(name) == {"champion": "3", "previous": "2"}
+    assert MOVE_TAG not in mlflow.MlflowClient().get_registered_model(name).tags
+    assert "an interrupted promotion to version 2 is dropped: champion is version 3 by now" in capsys.readouterr().err
+
+
 def test_a_promotion_overtaken_on_a_shared_server_says_so(name: str) -> None:
     promote(name, measured_run())
     real = mlflow.MlflowClient.delete_registered_model_tag

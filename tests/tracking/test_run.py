@@ -70,6 +70,29 @@ def test_a_run_that_cannot_be_begun_does_not_end_finished(monkeypatch: pytest.Mo
     assert run.info.status == "FAILED"
 
 
+def test_a_store_that_cannot_be_opened_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(*arguments: object, **settings: object) -> None:
+        raise ModuleNotFoundError("No module named 'psycopg'")
+
+    monkeypatch.setattr(runs.mlflow, "start_run", no_driver)
+    with (
+        pytest.raises(QuantrackError, match=r"^MLflow at sqlite:///.*: No module named 'psycopg'"),
+        tracked_run("a", {}),
+    ):
+        pytest.fail("not reached")
+
+
+def test_an_attempt_does_not_keep_the_reason_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), tracked_run("ptq", {}) as run:
+        raise KeyboardInterrupt
+    assert mlflow.get_run(run.info.run_id).data.tags["failure_reason"] == "interrupted"
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with tracked_run("ptq", {}):
+        pass
+    again = mlflow.get_run(run.info.run_id)
+    assert (again.info.status, again.data.tags.get("failure_reason")) == ("FINISHED", None)
+
+
 def test_only_a_name_that_mlflow_made_up_is_replaced() -> None:
     for name, expected in ((None, "ptq-w4a8"), ("nightly-build-12", "nightly-build-12"), ("mine", "mine")):
         with mlflow.start_run(run_name=name) as run:

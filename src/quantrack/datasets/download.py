@@ -181,9 +181,12 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
     downloaded = reused = 0
     for split, instances in (("val2017", VAL_ANNOTATIONS), ("train2017", TRAIN_ANNOTATIONS)):
         folder = settings.data_root / split
-        entries = read_annotations(settings.data_root, settings.data_root / instances)["images"]
-        if all((folder / str(entry["file_name"])).is_file() for entry in entries):
-            reused += len(entries)
+        annotations = settings.data_root / instances
+        names = [
+            _file_name(entry, annotations) for entry in read_annotations(settings.data_root, annotations)["images"]
+        ]
+        if all(_problem(folder / name) is None for name in names):
+            reused += len(names)
             continue
         archive = settings.data_root / f"{split}.zip"
         with _bar() as bar:

@@ -14,17 +14,26 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from quantrack.errors import QuantrackError
 
 CHUNK_BYTES = 1 << 16
+PROGRESS_BYTES = 1 << 20  # more than ever before, and the tries are counted anew
+LONGEST_PAUSE = 60.0  # seconds, whatever the server asks for
 SLOWEST_BYTES = 1 << 12  # fewer than this within the policy's timeout is as good as no answer
 Check = Callable[[Path], str | None]  # why a downloaded file is not good, or None
 
 
 class _TransientError(Exception):
-    """Worth another try: a dropped connection, a server error, a truncated body."""
+    """Worth another try: a dropped connection, a server error, a truncated body.
+
+    Not before `pause` seconds, if the server asks for that.
+    """
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
 
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """Tries, seconds without an answer before giving a try up, and the first pause between tries."""
+    """Tries without progress, seconds without an answer before giving one up, and the first pause between them."""
 
     retries: int = 4
     timeout: float = 30.0
@@ -44,15 +53,14 @@ def fetch(
     Another thread sets `stop` to make it end at its next chunk.
 
     Raises:
-        QuantrackError: the server says no (4xx), cannot be reached, or sends bad data at every try.
+        QuantrackError: the server says no (4xx), cannot be reached, or sends bad data at every try. Tries are
+            counted anew where one brought the file further.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stop = stop or threading.Event()
     part = target.with_name(target.name + ".part")
-    received = 0
-    for attempt in range(policy.retries + 1):
-        if attempt and stop.wait(policy.backoff * 2 ** (attempt - 1)):
-            break
+    received, furthest, failed, pause, reason = 0, _size(part), 0, 0.0, ""
+    while failed <= policy.retries and not stop.wait(pause):
         try:
             received += _download(url, part, policy, progress, stop)
             problem = check(part)
@@ -62,7 +70,9 @@ def fetch(
             part.replace(target)
             return received
         except _TransientError as error:
-            reason = str(error)
+            failed = 0 if _size(part) >= furthest + PROGRESS_BYTES else failed + 1
+            furthest = max(furthest, _size(part))
+            pause, reason = max(policy.backoff * 2 ** (failed - 1), error.pause), str(error)
     if stop.is_set():
         raise QuantrackError(f"{url}: stopped; what is downloaded stays")
     raise QuantrackError(
@@ -72,7 +82,7 @@ def fetch(
 
 
 def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int], None], stop: threading.Event) -> int:
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     headers = {"Accept-Encoding": "identity"}  # what arrives is what is counted, resumed and kept
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -81,16 +91,23 @@ def _download(url: str, part: Path, policy: FetchPolicy, progress: Callable[[int
             if answer.status_code == requests.codes.requested_range_not_satisfiable:
                 part.unlink(missing_ok=True)
                 raise _TransientError("the part already here is not a part of this file")
-            _require_success(url, answer.status_code)
+            _require_success(url, answer)
             resumed = answer.status_code == requests.codes.partial_content
             return _write(answer, part, "ab" if resumed else "wb", policy, progress, stop)
     except (requests.RequestException, HTTPError) as error:
         raise _TransientError(_reason(error)) from error
 
 
-def _require_success(url: str, status: int) -> None:
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _require_success(url: str, answer: requests.Response) -> None:
+    status = answer.status_code
     if status >= 500 or status == requests.codes.too_many_requests:
-        raise _TransientError(f"the server answered {status}")
+        seconds = answer.headers.get("Retry-After", "")
+        asked = float(seconds) if seconds.isdecimal() else 0.0  # it may be a date, which is left alone
+        raise _TransientError(f"the server answered {status}", min(asked, LONGEST_PAUSE))
     if status >= 400:
         raise QuantrackError(f"{url}: the server answered {status}; check the list and base_url")
 

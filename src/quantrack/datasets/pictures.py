@@ -47,10 +47,14 @@ def content_problem(content: bytes) -> str | None:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by their names' ends, in order; none where there is no folder."""
+    """The picture files of a folder by their names' ends, in order; none where there is no folder.
+
+    Hidden files are none: what a killed process left half written, and what macOS writes beside each file.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    found = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

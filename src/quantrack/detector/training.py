@@ -207,6 +207,9 @@ class FineTuning(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is unty
 
     def _begin_epoch(self) -> None:
         """Let an epoch's draws depend on its number only, so that one after a kill is as it would have been."""
+        if RANK == -1 and self.batch_size != self.job.settings.batch:
+            # Ultralytics halves it and does not say so; the weights have moved by then
+            raise QuantrackError(f"batch={self.job.settings.batch}: memory ran out in training; give a smaller batch")
         self.began = time.monotonic()
         seed = self.args.seed * SEED_STRIDE + max(RANK, 0) * RANK_STRIDE + self.epoch + 1
         random.seed(seed)

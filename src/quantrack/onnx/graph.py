@@ -64,6 +64,16 @@ class Graph:
         self.initializers[name] = tensor
         return name
 
+    def take_constants_themselves(self) -> None:
+        """Remove each Identity of an initializer: of equal constants the exporter keeps one, others are copies."""
+        copies = {node.output[0]: node for node in self.nodes if node.op_type == "Identity"}
+        copies = {name: node for name, node in copies.items() if node.input[0] in self.initializers}
+        for node in self.nodes:
+            for place, name in enumerate(node.input):
+                if name in copies:
+                    node.input[place] = copies[name].input[0]
+        self.replace(node for node in self.nodes if node.output[0] not in copies)
+
     def replace(self, nodes: Iterable[onnx.NodeProto]) -> None:
         """Take copies of these nodes instead, and drop constants that none of them uses."""
         kept = list(nodes)

@@ -64,9 +64,15 @@ def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]
             continue
         for operand in filter(groups.__contains__, node.input):  # others stay float
             own, whole = by_root[groups.root(operand)], by_root[groups.root(result)]
-            if own.width >= ALIGN_SHARE * whole.width:
+            together = covering(own, whole)
+            if own.width >= ALIGN_SHARE * whole.width and not (together.zero_point and _is_relu(graph, operand)):
                 root = groups.join(operand, result)
-                by_root[root] = covering(own, whole)
+                by_root[root] = together
+
+
+def _is_relu(graph: Graph, tensor: str) -> bool:
+    """Whether a Relu makes a tensor, which runtimes compute with its convolution only on a grid from zero up."""
+    return tensor in graph.producers and graph.producers[tensor].op_type == "Relu"
 
 
 def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> None:

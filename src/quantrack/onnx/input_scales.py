@@ -22,6 +22,7 @@ CHANNELS = 1  # of an activation [B, C, H, W]
 
 def fold_input_scales(graph: Graph) -> int:
     """Remove the Mul by a constant a channel on the way into each convolution; returns how many were removed."""
+    graph.take_constants_themselves()
     scalings = [node for node in graph.nodes if is_input_scale(graph, node) and not _has_to_stay(graph, node)]
     multiplied: dict[int, list[onnx.NodeProto]] = {}  # by the convolution that they go before
     for node in scalings:

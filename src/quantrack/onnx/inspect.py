@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -102,13 +103,33 @@ def has_quantizers(path: Path) -> bool:
 
 
 def has_integer_convolutions(path: Path) -> bool:
-    """Whether a runtime can compute most convolutions on integers, as their results are quantized too."""
-    nodes = load_onnx(path).graph.node
-    results = {name for node in nodes if node.op_type == "Conv" for name in node.output}
-    relu_of = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Relu"}
-    read = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
-    quantized = results & {relu_of.get(name, name) for name in read}
-    return 2 * len(quantized) > len(results)
+    """Whether a runtime can compute most convolutions on integers: all that they read and give is quantized.
+
+    What they give has one scale, and if a Relu comes between, no integer below its zero.
+    """
+    graph = load_onnx(path).graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
+    quantizers = {node.input[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    constants = {item.name: item for item in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    on_integers = 0
+    for node in convolutions:
+        activated = relus.get(node.output[0], node.output[0])
+        quantizer = quantizers.get(activated)
+        if quantizer is not None and all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2]):
+            scale, *zero_point = (constants.get(name) for name in quantizer.input[1:])
+            one_scale = scale is None or math.prod(scale.dims) == 1
+            on_integers += one_scale and (activated == node.output[0] or _is_lowest(*zero_point))
+    return 2 * on_integers > len(convolutions)
+
+
+def _is_lowest(zero_point: onnx.TensorProto | None = None) -> bool:
+    """Whether nothing on a grid lies below zero; so it is where the file names no zero point."""
+    if zero_point is None:
+        return True
+    value = onnx.numpy_helper.to_array(zero_point)
+    return bool((value == np.iinfo(value.dtype).min).all())
 
 
 def sums_can_saturate(path: Path) -> bool:

@@ -45,9 +45,9 @@ def apply_recipe(
         known = {name: value for name, value in apart.items() if value is not None}
         reports.append(StepReport(type(step).__name__, seconds, {**figures, **known}))
         say(_line(reports[-1]))
-        on_step(len(reports), reports[-1])
-        if seconds >= WORTH_SECONDS:
+        if seconds >= WORTH_SECONDS:  # before others hear of it, who may fail
             save_step(key, job, reports)
+        on_step(len(reports), reports[-1])
         before = after
     return tuple(reports)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from quantrack.quantization.input_columns import drawn_columns, input_columns, m
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
 from quantrack.quantization.state import DAMAGED
-from quantrack.quantization.step_cache import cache_path, forget_oldest, step_keys
+from quantrack.quantization.step_cache import cache_path, forget_oldest, going_on_without, step_keys
 from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
@@ -111,7 +112,7 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
             say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
-            with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
+            with suppress(OSError):  # forgotten by another process since, or only to be read; what was read stays
                 os.utime(folder)
             job.cached_time.count(key, seconds)
             return ({name: one.to(job.device) for name, one in of.items()} for of in kept)
@@ -143,15 +144,30 @@ def _curvatures(job: QuantizationJob, model: nn.Module, sampling: Sampling) -> C
 
 def _kept(found: Curvatures, folder: Path) -> Curvatures:
     """What is found, and a copy of it on disk once all of it was asked for."""
-    with atomic_folder(folder) as temporary:
+    with ExitStack() as stack:
+        target: Path | None = None
+        with going_on_without(folder.parent):
+            target = stack.enter_context(atomic_folder(folder))
         seconds, count, began = 0.0, 0, time.perf_counter()
         for count, by_name in enumerate(found, 1):
             seconds += time.perf_counter() - began  # and not what is done with it
-            torch.save({name: vars(curvature) for name, curvature in by_name.items()}, temporary / f"{count}.pt")
+            target = _with_file(target, f"{count}.pt", by_name)
             yield by_name
             began = time.perf_counter()
-        write_json(temporary / KEPT, {"files": count, "seconds": seconds})
-    forget_oldest(folder.parent, keep=folder)
+        if target is not None:
+            write_json(target / KEPT, {"files": count, "seconds": seconds})
+            forget_oldest(folder.parent, keep=folder)
+
+
+def _with_file(folder: Path | None, name: str, found: Mapping[str, Curvature]) -> Path | None:
+    """The folder with one file more; None, and no folder, where it cannot be written."""
+    if folder is None:
+        return None
+    with going_on_without(folder.parent):
+        torch.save({name: vars(curvature) for name, curvature in found.items()}, folder / name)
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def _read(folder: Path, layers: list[str]) -> tuple[list[dict[str, Curvature]], float]:
@@ -189,21 +205,28 @@ class _Positions:
                     if of.covariance is not None:
                         self.outputs[name] = self.outputs.get(name, 0) + of.covariance
 
-    def drawn(self, name: str, batch: int, available: int) -> Tensor | None:
-        """Indices of positions of one batch, with repetition; None for all of them."""
-        count = self.sampling.positions
+    def of(self, name: str, batch: int, x: Tensor, layer: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+        """The input columns [G, D, P] that count in one batch, and how much each does, 1 on average; None if alike."""
+        available, count = len(x) * math.prod(output_size(x, layer)), self.sampling.positions
+        chances = self._chances(name, batch, available)
         if available <= count:
-            return None
-        if not self.importance or self.sampling.importance_share == 0:
-            return torch.randint(available, (count,), generator=self.generator)
+            return input_columns(x, layer), None if chances is None else available * chances.to(x.device)
+        if chances is None:
+            drawn = torch.randint(available, (count,), generator=self.generator)
+        else:
+            drawn = torch.multinomial(chances, count, replacement=True, generator=self.generator)
+        return drawn_columns(x, layer, drawn.to(x.device)), None
+
+    def _chances(self, name: str, batch: int, available: int) -> Tensor | None:
+        """Of each output position of one batch to be drawn, in all 1; None where all have the same."""
         share = self.sampling.importance_share
+        if not self.importance or share == 0 or available > MOST_CATEGORIES:
+            return None
         found = self.importance[batch].get(name)  # None of what comes after the raw outputs, such as DFL
-        importance = torch.zeros(1) if found is None else found.flatten()
-        total = float(importance.sum())
-        if total == 0 or available > MOST_CATEGORIES:  # nothing that this layer does reaches a detection
-            return torch.randint(available, (count,), generator=self.generator)
-        chances = share * importance / total + (1 - share) / available
-        return torch.multinomial(chances, count, replacement=True, generator=self.generator)
+        total = 0.0 if found is None else float(found.sum())
+        if found is None or total == 0:  # nothing that this layer does reaches a detection
+            return None
+        return share * found.flatten() / total + (1 - share) / available
 
 
 @torch.no_grad()
@@ -216,9 +239,9 @@ def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positi
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
         x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
-        drawn = positions.drawn(name, current, len(x) * math.prod(output_size(x, layer)))
-        columns = input_columns(x, layer) if drawn is None else drawn_columns(x, layer, drawn.to(x.device))
-        means = columns @ columns.transpose(1, 2) / columns.shape[2], columns.mean(dim=2), mean_column(x, layer)
+        columns, weights = positions.of(name, current, x, layer)
+        weighed = columns if weights is None else columns * weights
+        means = weighed @ columns.transpose(1, 2) / columns.shape[2], weighed.mean(dim=2), mean_column(x, layer)
         inputs_sum, drawn_sum, sum_ = (len(x) * mean for mean in means)  # the last batch may be smaller
         before = sums.get(name, (0, 0, 0))
         sums[name] = before[0] + inputs_sum, before[1] + drawn_sum, before[2] + sum_

@@ -62,7 +62,8 @@ class Gptq:
     mean is left to the bias correction that must follow.
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
-    probability by importance, the rest evenly. `inputs` are the float network's, or what the quantized
+    probability by importance, the rest evenly. Where it has no more of them than that it sees all, and they count as
+    they would be drawn. `inputs` are the float network's, or what the quantized
     blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
     alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
 

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from quantrack.cache import cache_folder
+from quantrack.cache import CACHE_VARIABLE, cache_folder
 from quantrack.detector.device import has_bfloat16
 from quantrack.files import atomic_path, code_digests, combined_digest, write_json
 from quantrack.progress import say
@@ -72,9 +72,20 @@ def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> 
         "plan": None if job.plan is None else dict(job.plan.bits),
     }
     path = _path(key)
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-    forget_oldest(path.parent, keep=path)
+    with going_on_without(path.parent):
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+        forget_oldest(path.parent, keep=path)
+
+
+@contextmanager
+def going_on_without(folder: Path) -> Iterator[None]:
+    """Where the cache cannot be written, say so and leave the block: all that it holds can be made again."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is PyTorch's for a full disk
+        reason = (error.strerror if isinstance(error, OSError) else None) or "is the disk full?"
+        say(f"{folder}: cannot be written ({reason}); going on without; {CACHE_VARIABLE} names another cache")
 
 
 def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
@@ -93,12 +104,13 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
         plan = None if state["plan"] is None else BitPlan(job.model_digest, state["plan"])
     except DAMAGED as error:
         say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # may be, it is only to be read
+            path.unlink(missing_ok=True)
         return None
     job.model, job.statistics, job.plan = model, statistics, plan
     for key_of_part in state["counted"]:  # in the reports' seconds
         job.cached_time.count(key_of_part, 0.0)
-    with suppress(FileNotFoundError):  # forgotten by another process since; what was read stays
+    with suppress(OSError):  # forgotten by another process since, or only to be read; what was read stays
         os.utime(path)
     return reports
 
@@ -131,7 +143,9 @@ def cached(
     began, before, known = time.perf_counter(), job.cached_time.seconds, set(job.cached_time.counted)
     value = measure()
     seconds = time.perf_counter() - began + job.cached_time.seconds - before
-    write_json(path, {"seconds": seconds, "counted": sorted(job.cached_time.counted - known), "value": write(value)})
+    content = {"seconds": seconds, "counted": sorted(job.cached_time.counted - known), "value": write(value)}
+    with going_on_without(path.parent):
+        write_json(path, content)
     job.cached_time.count(key, 0.0)
     return value
 

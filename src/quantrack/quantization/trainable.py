@@ -113,9 +113,19 @@ class TrainableConvolution(nn.Module):
         if self.input_scale is not None:
             x = x * self.input_scale
         if self.input_grid is not None:
-            x = FakeQuantize.apply(x, self.input_log_change, self.input_grid)  # type: ignore[no-untyped-call]
+            x = FakeQuantize.apply(x.float(), self.input_log_change, self.input_grid)  # type: ignore[no-untyped-call]
+        if torch.is_autocast_enabled(x.device.type):
+            return self._in_mixed_precision(x)
         output: Tensor = conv2d(x, self.weight(), self.bias, *self.geometry)
         return output
+
+    def _in_mixed_precision(self, x: Tensor) -> Tensor:
+        """As `forward`, of integers: bfloat16 holds all of 8 bits, but rounds other values by up to half a step."""
+        step = 1.0 if self.input_grid is None else self.input_grid[0] * self.input_log_change.detach().exp()
+        scale = self.current_scale().detach()
+        integers = self.weight() / scale[:, None, None, None]
+        output: Tensor = conv2d(x / step, integers, None, *self.geometry)
+        return output.float() * (step * scale)[:, None, None] + self.bias[:, None, None]
 
     def weight(self) -> Tensor:
         """The weights on their grid, shape [O, I/g, kh, kw]."""

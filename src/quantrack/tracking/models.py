@@ -14,10 +14,11 @@ from mlflow.models import Model
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import QuantrackError
+from quantrack.files import file_digest
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-from quantrack.tracking.read import current_run, find_run, one_line
+from quantrack.tracking.read import current_run, find_run, has_artifact, one_line
 
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -74,6 +75,16 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
         raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)})") from error
 
 
+def log_given_file(reference: str, path: Path) -> None:
+    """Tag the active run with which file `onnx` was: an alias may move, a path be overwritten."""
+    tags = {"onnx_digest": file_digest(path)}
+    name, _, alias = reference.removeprefix("models:/").partition("@")
+    if reference.startswith("models:/") and alias:
+        version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
+        tags["onnx_version"] = f"models:/{name}/{version}"
+    mlflow.set_tags(tags)
+
+
 @contextmanager
 def errors_in_terms_of(setting: str, reference: str, path: Path) -> Iterator[None]:
     """Word errors about a fetched file in terms of the setting and of what the user gave."""
@@ -89,7 +100,8 @@ def float_file_of(reference: str) -> str:
     run_id = _run_behind(reference)
     run = find_run(run_id) if run_id else None
     baseline = run.data.tags.get("baseline_run_id", "") if run else ""
-    return f"runs:/{baseline}/onnx" if baseline else ""
+    there = baseline and find_run(baseline) and has_artifact(baseline, "onnx")
+    return f"runs:/{baseline}/onnx" if there else ""
 
 
 def _run_behind(reference: str) -> str | None:

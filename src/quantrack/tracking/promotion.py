@@ -29,6 +29,8 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
     if run_id:
         return (_measured(require_run(run_id, "run_id")),)
     parent = require_run(parent_id, "from")
+    if parent.data.tags.get("entry_point") in QUANTIZING:  # nested in a training is its start, which nobody asked for
+        raise QuantrackError(f"from={parent_id}: is itself a ptq or qat run; give it as run_id")
     if COMPARED in parent.data.tags:
         runs = [require_run(one.strip(), "from") for one in parent.data.tags[COMPARED].split(",") if one.strip()]
     else:

@@ -152,17 +152,29 @@ class Registry:
             self.client.delete_registered_model_alias(self.name, CHALLENGER)
 
     def finish_interrupted(self) -> None:
-        """Do what a killed promotion or rollback had written down but not crossed out."""
+        """Do what a killed promotion or rollback had written down but not crossed out.
+
+        It is dropped where the registry is no longer as the kill left it: somebody has decided otherwise since.
+        """
         model = self._model()
         if model is None or MOVE_TAG not in model.tags:
             return
         move = Move(**json.loads(model.tags[MOVE_TAG]))
-        if not all(self._exists(version) for version in (move.champion, move.previous) if version is not None):
-            say(f"{self.name}: an interrupted {move.kind} names a version that is deleted; it is dropped")
+        if obstacle := self._obstacle(move):
+            say(f"{self.name}: an interrupted {move.kind} to version {move.champion} is dropped: {obstacle}")
             self.client.delete_registered_model_tag(self.name, MOVE_TAG)
             return
         say(f"{self.name}: finishing an interrupted {move.kind}: champion becomes version {move.champion}")
         self.finished = self._carry_out(move)
+
+    def _obstacle(self, move: Move) -> str:
+        """What happened since that an interrupted move must not undo; empty if nothing did."""
+        if not all(self._exists(version) for version in (move.champion, move.previous) if version is not None):
+            return "it names a version that is deleted"
+        champion = self.aliases().get(CHAMPION)
+        if champion not in (move.previous, move.champion):
+            return f"champion is version {champion} by now" if champion else "there is no champion any more"
+        return ""
 
     def _model(self) -> RegisteredModel | None:
         try:

@@ -26,8 +26,16 @@ SETTINGS: dict[str, type[SharedSettings]] = {
     "qat": QatSettings,
     "evaluate": OnnxSettings,
 }
-DIGESTS = ("model_digest", "evaluation_digest", "calibration_digest", "training_digest", "validation_digest")
-CONTEXT = ("git_commit", "device_name", "provider")
+DIGESTS = (
+    "model_digest",
+    "evaluation_digest",
+    "calibration_digest",
+    "training_digest",
+    "validation_digest",
+    "onnx_digest",
+)
+CONTEXT = ("git_commit", "device_name", "provider")  # tags
+ENVIRONMENT = ("versions", "torch_threads")  # of environment.json
 # What depends on the clock, on the machine's load or on what an earlier run has left behind.
 TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|busy_cores|nodes_on_")
 
@@ -127,8 +135,12 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     again = require_run(again_id, "again")
     before, now = facts(record.run), facts(again)
     found = differences(before, now)
-    context = {name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT}
-    versions = {"before": _versions(record.run), "now": _versions(again)}
+    context: dict[str, object] = {
+        name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT
+    }
+    recorded = {"before": _environment(record.run), "now": _environment(again)}
+    for name in ENVIRONMENT:
+        context[name] = {when: of.get(name) for when, of in recorded.items()}
     log_json(
         {
             "run": record.run.info.run_id,
@@ -136,7 +148,7 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
             "equal": not found,
             "compared": len(before.keys() | now.keys()),
             "differences": [vars(one) for one in found],
-            "context": context | {"versions": versions},
+            "context": context,
         },
         "reproduction.json",
     )
@@ -145,5 +157,5 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     return found
 
 
-def _versions(run: Run) -> object:
-    return read_json(run.info.run_id, "environment.json").get("versions")
+def _environment(run: Run) -> Mapping[str, object]:
+    return read_json(run.info.run_id, "environment.json")

@@ -34,9 +34,10 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
         # without the parent's experiment named, that of the environment would be taken
         experiment_id = current_run().info.experiment_id if nested else None
         run = mlflow.start_run(nested=nested, experiment_id=experiment_id)
-    except mlflow.MlflowException as error:
+    except Exception as error:  # a database's driver raises its own kinds
         raise QuantrackError(store_problem(error)) from error
     with _ended_as_the_work_ends():
+        _forget_reason(run)
         mlflow.set_tags({"entry_point": entry} | git_commit())
         log_new_parameters(parameters)
         yield run
@@ -49,9 +50,14 @@ def resumed_run(run: Run) -> Iterator[None]:
     mlflow.start_run(run_id=run.info.run_id, nested=True)
     with _ended_as_the_work_ends():
         mlflow.set_tags(git_commit())
-        if REASON_TAG in run.data.tags:
-            mlflow.delete_tag(REASON_TAG)
+        _forget_reason(run)
         yield
+
+
+def _forget_reason(run: Run) -> None:
+    """Why an earlier attempt in the same run has failed."""
+    if REASON_TAG in run.data.tags:
+        mlflow.delete_tag(REASON_TAG)
 
 
 @contextmanager
@@ -79,8 +85,8 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         raise QuantrackError(store_problem(error)) from error
 
 
-def store_problem(error: mlflow.MlflowException) -> str:
-    """What MLflow says, in one line, and where."""
+def store_problem(error: Exception) -> str:
+    """What MLflow or its database says, in one line, and where."""
     return f"MLflow at {store_address()}: {one_line(error)}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlflow
+import torch
 from mlflow.entities import Run
 
 from quantrack.datasets.calibration import CalibrationSet
@@ -13,7 +14,7 @@ from quantrack.files import code_digests, combined_digest
 from quantrack.runtime.session import resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
-from quantrack.tracking.environment import device_name, installed_versions
+from quantrack.tracking.environment import cpu_name, device_name, installed_versions
 from quantrack.tracking.models import fetch_plan
 from quantrack.tracking.read import newest_finished
 
@@ -38,7 +39,8 @@ def run_digest(
     provider = resolve_provider(settings.provider)
     parts = [type(settings).__name__, repr(sorted(texts.items())), detector.digest, evaluation_set.digest]
     parts += [calibration.digest if calibration else "", provider, device_name(provider)]
-    parts += [str(resolve_device(settings.device))]
+    device = resolve_device(settings.device)
+    parts += [str(device), cpu_name() if device.type == "cpu" else "", str(torch.get_num_threads())]
     if isinstance(settings, PtqSettings):
         recipe = settings.chosen_recipe()
         parts += [parse_mode(settings.mode).name, recipe.name, recipe.text()]

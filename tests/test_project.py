@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantrack.quantization.recipe import STEPS, read_recipe
 from quantrack.settings import (
     BaselineSettings,
     BenchmarkSettings,
@@ -107,3 +108,11 @@ def test_calibration_list_names_the_hundred_smallest_train_pictures() -> None:
     assert len(lines) == 100
     assert lines[0] == "datasets/coco2017/source-data/train2017/000000000009.jpg"
     assert lines == sorted(lines)
+
+
+def test_the_recipes_of_the_docs(tmp_path):
+    usage = (ROOT / "docs/usage.md").read_text()
+    example = tmp_path / "example.yaml"
+    example.write_text(usage.split("```yaml\n")[1].split("```")[0])
+    assert read_recipe(example).steps
+    assert [name for name in STEPS if f"`{name}`" not in usage] == []

@@ -46,7 +46,7 @@ def predict(
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, runs:/RUN_ID/onnx/FILE.onnx, or an ONNX file.")],
     out: Annotated[Path, typer.Option(help=f"Folder for the drawn pictures and {DETECTIONS_FILE}.")],
     confidence: Annotated[float, typer.Option(help="Boxes with a higher score are kept.")] = CONFIDENCE,
-    provider: Annotated[str, typer.Option(help="ONNX Runtime provider: auto, cuda or cpu.")] = "auto",
+    provider: Annotated[str, typer.Option(help="ONNX Runtime provider: auto, cuda, cpu or tensorrt.")] = "auto",
 ) -> None:
     """Draw the boxes that a model finds on pictures, and write them to detections.json."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

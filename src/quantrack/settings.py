@@ -59,7 +59,7 @@ class SharedSettings:
     provider: str = _setting("auto", "ONNX Runtime provider: auto, cuda, cpu or tensorrt.")
     seed: int = _setting(0, "Seed of everything random.")
     latency_runs: int = _setting(100, "Timed inference runs for the latency.")
-    require_gpu: bool = _setting(False, "Fail unless ONNX Runtime computes everything on CUDA.")
+    require_gpu: bool = _setting(False, "Fail unless ONNX Runtime computes everything on the GPU.")
     trust_checkpoint: bool = _setting(False, "Load a checkpoint that the safe loader refuses.")
 
     def __post_init__(self) -> None:

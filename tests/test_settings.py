@@ -18,9 +18,12 @@ PLANS = (
     ({"avg_bits": 4.1, "plan_bits": "8,4", "plan_by": "layer"}, PlanBits(4.1, (4, 8), "layer")),
     ({"plan_by": "layer"}, PlanBits(by="layer")),
     ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
-    ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer")),  # the smallest file
-    ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer")),
-    ({"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"}, PlanBits(None, (4, 8), "channel")),
+    ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer", weigh_all=True)),  # the smallest file
+    ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer", weigh_all=True)),
+    (
+        {"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"},
+        PlanBits(None, (4, 8), "channel", weigh_all=True),
+    ),
     ({"weight_storage": "int4", "avg_bits": 0.0}, None),
     ({"avg_bits": 0.0}, None),
     ({"plan": "plan.json"}, None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -19,7 +19,7 @@ from quantrack.datasets.download import DownloadSettings
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
 from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
-from quantrack.quantization.recipe import RECIPES, Recipe, parse_recipe, recipe_for
+from quantrack.quantization.recipe import RECIPES, Recipe, for_packed_weights, parse_recipe, recipe_for
 from quantrack.quantization.sensitivity import ESTIMATED, MEASURES
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
@@ -189,7 +189,14 @@ class PtqSettings(RecipeSettings):
             UsageError: there is no such recipe, or no plan has so few or so many bits.
         """
         recipe = parse_recipe(self.recipe)
+        if self._is_our_recipe_for_int4:
+            recipe = for_packed_weights(recipe)
         return recipe_for(self.variant_values(), recipe.with_plan(self._plan_step(recipe)))
+
+    @property
+    def _is_our_recipe_for_int4(self) -> bool:
+        """Whether weights are packed, by a recipe that is no file, which would have its own settings."""
+        return self.weight_storage == "int4" and self.recipe in RECIPES
 
     def _plan_step(self, recipe: Recipe) -> PlanBits | None:
         """The recipe's own step to plan bits, changed by what was given; None where bits go by role, or are given."""
@@ -197,14 +204,13 @@ class PtqSettings(RecipeSettings):
             return None
         if recipe.plan is None and self.avg_bits is None:
             return None
-        for_int4 = self.weight_storage == "int4" and self.recipe in RECIPES
-        usual = FOR_INT4 if for_int4 else recipe.plan or PlanBits()
+        usual = FOR_INT4 if self._is_our_recipe_for_int4 else recipe.plan or PlanBits()
         bits = parse_plan_bits(self.plan_bits) if self.plan_bits else usual.bits
         if self.avg_bits is not None:
             _require_budget(self.avg_bits, bits)
-            return PlanBits(self.avg_bits, bits, self.plan_by or usual.by)
+            return replace(usual, average=self.avg_bits, bits=bits, by=self.plan_by or usual.by)
         try:
-            return PlanBits(usual.average, bits, self.plan_by or usual.by)
+            return replace(usual, bits=bits, by=self.plan_by or usual.by)
         except UsageError as error:
             raise UsageError(
                 f"plan_bits={self.plan_bits}: not with the recipe's plan ({error}); give avg_bits"

@@ -88,7 +88,8 @@ def test_what_they_depend_on_makes_them_anew(make_job: MakeJob) -> None:
         assert passes(other)[1] > 0
     for other in (replace(job, imgsz=64), replace(job, batch=2)):
         assert passes(other)[1] > 0
-    for sampling in (replace(SAMPLING, positions=32), replace(SAMPLING, mirrored=True)):
+    others = ({"positions": 32}, {"mirrored": True}, {"weigh_all": True})
+    for sampling in (replace(SAMPLING, **other) for other in others):
         assert passes(job, sampling)[1] > 0
     fewer = replace(job, model=copy.deepcopy(job.model))
     fewer.model.model[1] = copy.deepcopy(fewer.float_model.model[1])
@@ -213,7 +214,9 @@ def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_picture_counts_alike_whatever_batch_it_is_in(make_job: MakeJob) -> None:
-    everywhere = Sampling(positions=10**6, importance_share=0.0, mirrored=False, covariances=False, memory_gb=1.0)
+    everywhere = Sampling(
+        positions=10**6, importance_share=0.0, weigh_all=False, mirrored=False, covariances=False, memory_gb=1.0
+    )
     one, others = (passes(replace(known(make_job), batch=batch), everywhere)[0] for batch in (4, 3))
     for name, curvature in one.items():
         torch.testing.assert_close(curvature.mean, others[name].mean)
@@ -231,15 +234,18 @@ def test_what_comes_after_the_raw_outputs_is_looked_at_evenly(make_job: MakeJob)
     assert 300 < columns.mean() < 700
 
 
-def test_where_all_positions_are_taken_they_count_by_importance_too(make_job: MakeJob) -> None:
+def test_where_all_positions_are_taken_they_can_count_by_importance_too(make_job: MakeJob) -> None:
     """As often as they would be drawn, but for chance."""
-    positions = _Positions(replace(SAMPLING, positions=16, importance_share=0.75), known(make_job))
+    positions = _Positions(replace(SAMPLING, positions=16, importance_share=0.75, weigh_all=True), known(make_job))
     positions.importance = [{"layer": torch.zeros(1, 4, 4)}]
     positions.importance[0]["layer"][0, 1, 2] = 3.0
     x, layer = torch.arange(16.0).reshape(1, 1, 4, 4), nn.Conv2d(1, 1, 1)
     columns, weights = positions.of("layer", 0, x, layer)
     assert weights is not None
     assert (columns * weights).mean() == pytest.approx(0.75 * 6 + 0.25 * 7.5)
+    alike = _Positions(replace(positions.sampling, weigh_all=False), known(make_job))
+    alike.importance = positions.importance
+    assert alike.of("layer", 0, x, layer)[1] is None
     few = _Positions(replace(positions.sampling, positions=15), known(make_job))
     few.importance = positions.importance
     drawn = torch.cat([few.of("layer", 0, x, layer)[0].flatten() for _ in range(400)])

@@ -50,6 +50,7 @@ class Sampling:
 
     positions: int
     importance_share: float
+    weigh_all: bool
     mirrored: bool
     covariances: bool
     memory_gb: float
@@ -208,6 +209,8 @@ class _Positions:
     def of(self, name: str, batch: int, x: Tensor, layer: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
         """The input columns [G, D, P] that count in one batch, and how much each does, 1 on average; None if alike."""
         available, count = len(x) * math.prod(output_size(x, layer)), self.sampling.positions
+        if available <= count and not self.sampling.weigh_all:
+            return input_columns(x, layer), None
         chances = self._chances(name, batch, available)
         if available <= count:
             return input_columns(x, layer), None if chances is None else available * chances.to(x.device)

@@ -62,10 +62,11 @@ class Gptq:
     mean is left to the bias correction that must follow.
 
     A convolution sees `positions` output positions drawn from each batch: `importance_share` of the
-    probability by importance, the rest evenly. Where it has no more of them than that it sees all, and they count as
-    they would be drawn. `inputs` are the float network's, or what the quantized
-    blocks before give. With `mirrored` each picture is seen mirrored as well. Where all positions count
-    alike (an `importance_share` and `output_sweeps` of 0), no gradients are taken.
+    probability by importance, the rest evenly. Where it has no more of them than that it sees all, alike or, with
+    `weigh_all`, as much as they would be drawn: better where whole layers have few bits (benchmarks/decisions.md).
+    `inputs` are the float network's, or what the quantized blocks before give. With `mirrored` each picture is seen
+    mirrored as well. Where all positions count alike (an `importance_share` and `output_sweeps` of 0), no gradients
+    are taken.
 
     Hessians take 4 bytes * groups * (inputs per group)^2 a layer, of as many layers of a block at a time as
     `memory_gb` holds (all, for YOLOv10). Block outputs take another `memory_gb`, then disk; importance 4 bytes
@@ -75,6 +76,7 @@ class Gptq:
 
     positions: int = 4096
     importance_share: float = 0.7
+    weigh_all: bool = False
     inputs: str = "float"
     mirrored: bool = False
     centred: bool = True
@@ -113,7 +115,8 @@ class Gptq:
     @property
     def sampling(self) -> Sampling:
         """What these settings say of the Hessians."""
-        return Sampling(self.positions, self.importance_share, self.mirrored, self.output_sweeps > 0, self.memory_gb)
+        share, across = self.importance_share, self.output_sweeps > 0
+        return Sampling(self.positions, share, self.weigh_all, self.mirrored, across, self.memory_gb)
 
     def round_layer(self, layer: QuantizedConvolution, curvature: Curvature) -> tuple[float, float]:
         """Round one layer's weights; the squared output error of rounding to nearest, and what is left."""

@@ -21,11 +21,13 @@ class PlanBits:
 
     It decides in the place of roles, so it comes before the quantizers. `by` is `layer`, or `channel` for bits of each
     output channel. Without an `average` it is `average_by_role`. Weights of 8 bits need no plan: nothing is done then.
+    Errors are those that `gptq` leaves with the same `weigh_all`.
     """
 
     average: float | None = 4.5
     bits: tuple[int, ...] = OFFERED_BITS
     by: str = "channel"
+    weigh_all: bool = False
 
     def __post_init__(self) -> None:
         require_choice(self.bits)
@@ -42,13 +44,13 @@ class PlanBits:
             return {}
         if quantized_layers(job.model):
             raise UsageError("plan_bits: quantizers that have their bits are there already; make it the first step")
-        rows = cached_sensitivity(job, SensitivityMeasurement(bits=self.bits))
+        rows = cached_sensitivity(job, SensitivityMeasurement(bits=self.bits, weigh_all=self.weigh_all))
         average = average_by_role(rows, max(self.bits)) if self.average is None else self.average
         job.plan = make_plan(job, rows, average, self.by)
         return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}
 
 
-FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer")
+FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer", weigh_all=True)
 """For the smallest file: INT4 and INT8 store nothing else without waste, and it is as large as that of bits by role."""
 
 

@@ -91,6 +91,12 @@ class Recipe:
         return replace(self, steps=others if plan is None else (plan, *others))
 
 
+def for_packed_weights(recipe: Recipe) -> Recipe:
+    """One of our recipes as it serves `weight_storage=int4`, whose layers have 4 or 7 bits throughout."""
+    weighing = (replace(step, weigh_all=True) if isinstance(step, Gptq) else step for step in recipe.steps)
+    return replace(recipe, steps=tuple(weighing))
+
+
 LEAST_SHARE_UNEQUALIZED = 0.01  # `ActivationRangeSearch.least_share` in the place of equalized channels
 
 RECIPES: dict[str, tuple[Step, ...]] = {

@@ -47,12 +47,14 @@ class SensitivityMeasurement:
     """At which bits each layer is measured, and how.
 
     `measure` is `gradient`, or `output` for trials on the first `images` calibration pictures, or `mAP`.
+    Weights are rounded by `Gptq` with this `weigh_all`.
     """
 
     bits: tuple[int, ...] = OFFERED_BITS
     measure: str = ESTIMATED
     images: int = 32
     gptq_images: int = 100
+    weigh_all: bool = False
 
     def __post_init__(self) -> None:
         require_choice(self.bits)
@@ -239,7 +241,7 @@ def rounded_weights(job: QuantizationJob, settings: SensitivityMeasurement) -> d
     InsertQuantizers().apply(trial)  # says which convolutions there are
     rounded: dict[str, RoundedLayer] = {}
     # the curvatures are of the float network's inputs, so one walk serves all numbers of bits
-    for by_name in float_curvatures(trial, Gptq().sampling):
+    for by_name in float_curvatures(trial, Gptq(weigh_all=settings.weigh_all).sampling):
         for name, curvature in by_name.items():
             convolution = job.float_model.get_submodule(name)
             assert isinstance(convolution, nn.Conv2d)

@@ -383,12 +383,19 @@ def test_operands_of_concat_are_aligned_where_that_costs_less_than_a_bit(narrow,
     assert grids["b"] == grids["c"] == Grid.over(0.0, 10.0)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize(("operator", "aligned"), [("Relu", False), ("Sqrt", True)])
-def test_a_relu_keeps_a_grid_from_zero_up(operator, aligned):
+def test_a_relu_keeps_a_grid_from_zero_up(operator, aligned, pooled):
     graph, ranges = concatenation(9.0)
-    graph.nodes[0].CopyFrom(helper.make_node(operator, ["images"], ["a"]))
+    graph.nodes[0].CopyFrom(helper.make_node(operator, ["images"], ["r" if pooled else "a"]))
+    if pooled:
+        pool = helper.make_node("MaxPool", ["r"], ["a"], kernel_shape=[1, 1])
+        graph = Graph(graph.model)
+        graph.replace([graph.nodes[0], pool, *graph.nodes[1:]])
+        ranges["r"] = ranges["a"]
     conv_inputs = {"last": ConvInput("c", Grid.over(-3.0, 10.0))}
-    grids = assign_grids(Graph(graph.model), tensors_to_quantize(graph, conv_inputs) | {"a"}, conv_inputs, ranges)
+    tensors = tensors_to_quantize(graph, conv_inputs) | ({"a", "r"} if pooled else {"a"})
+    grids = assign_grids(Graph(graph.model), tensors, conv_inputs, ranges)
     assert grids["c"].zero_point > 0
     assert (grids["a"] == grids["c"]) is aligned
     assert (grids["a"].zero_point == 0) is not aligned

@@ -92,8 +92,10 @@ def test_a_run_that_passes_becomes_champion_once(ptq_run: Run, shared_store: Pat
 def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(shared_store, "promote", "--name", "scored", "--run-id", ptq_run.info.run_id, *LENIENT)
     assert done.returncode == 0, done.stderr
-    done = run_pipeline(shared_store, "benchmark", "--onnx", "models:/scored@champion", "--latency-runs", "2")
-    assert done.returncode == 0, done.stderr
+    for path in ("", f"/data/{FILE}"):
+        onnx = f"models:/scored@champion{path}"
+        done = run_pipeline(shared_store, "benchmark", "--onnx", onnx, "--latency-runs", "2")
+        assert done.returncode == 0, done.stderr
     tags = newest_run(shared_store, "benchmark").data.tags  # the alias may move
     assert tags["onnx_version"] == "models:/scored/1"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Curvatures of the float network are measured once, for all modes."""
 
 import copy
+import errno
 import json
 import os
 import time
@@ -111,21 +112,27 @@ def test_what_is_cut_short_is_not_kept(make_job: MakeJob, cache: Path) -> None:
     assert passes(known(make_job))[1] > 0
 
 
-@pytest.mark.parametrize("fails_at", ["the folder", "a file"])
+@pytest.mark.parametrize("fails_at", ["the folder", "a file", "the last file"])
 def test_a_cache_that_cannot_be_written_changes_nothing(
     make_job: MakeJob, cache: Path, fails_at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, _ = passes(replace(known(make_job), model_digest=""))
     if fails_at == "the folder":
         cache.parent.touch()  # where a folder is wanted
-    else:
+    elif fails_at == "a file":
         monkeypatch.setattr(torch, "save", full_after(0))
+    else:
+        monkeypatch.setattr("quantrack.quantization.curvature.write_json", no_room)
     for _ in range(2):
         again, runs = passes(known(make_job))
         assert runs > 0
         assert equal(first, again)
     assert "cannot be written" in capsys.readouterr().err
     assert not cache.is_dir() or list(cache.iterdir()) == []
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def full_after(files: int) -> Callable[..., None]:

@@ -30,5 +30,11 @@ def test_only_one_that_is_whole_is_used(
     assert ("has logged is gone" in capsys.readouterr().err) != whole
     onnx = f"runs:/{run.info.run_id}/onnx/w4a8.onnx"
     assert float_file_of(onnx) == (f"runs:/{baseline.info.run_id}/onnx" if whole else "")
+    with tracked_run("baseline", {}) as emptied:  # a newer one without them hides nothing
+        mlflow.set_tags({"mode": "fp32", **KEY.tags()})
+    with tracked_run("ptq", {}):
+        found = find_baseline(KEY)
+    assert (found.run_id if found else None) == (baseline.info.run_id if whole else None)
+    assert emptied.info.run_id != baseline.info.run_id
     MlflowClient().delete_run(baseline.info.run_id)
     assert float_file_of(onnx) == ""

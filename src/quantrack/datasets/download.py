@@ -19,13 +19,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from quantrack.datasets.calibration import RANDOM, read_list
 from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
-from quantrack.datasets.pictures import picture_problem, pictures_in
+from quantrack.datasets.pictures import content_problem, pictures_in
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import atomic_path, file_digest
-from quantrack.progress import new_bar
+from quantrack.progress import new_bar, track
 
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
+SINGLY = 0.25  # of a split's pictures at most; more are fetched as an archive
 PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"RIFF")  # by its bytes: a .jpg may hold a PNG
 
 
@@ -177,7 +178,7 @@ def _fetch_annotations(settings: DownloadSettings) -> int:
 
 
 def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
-    """Both splits whole; a split whose every annotated picture is there is not fetched again."""
+    """Both splits whole; of one that lacks only a few annotated pictures these are fetched singly."""
     downloaded = reused = 0
     for split, instances in (("val2017", VAL_ANNOTATIONS), ("train2017", TRAIN_ANNOTATIONS)):
         folder = settings.data_root / split
@@ -185,8 +186,10 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
         names = [
             _file_name(entry, annotations) for entry in read_annotations(settings.data_root, annotations)["images"]
         ]
-        if all(_problem(folder / name) is None for name in names):
-            reused += len(names)
+        lacking = [name for name in track(names, f"looking through {split}") if _problem(folder / name) is not None]
+        if len(lacking) <= SINGLY * len(names):
+            received += _fetch_pictures(settings, [f"{split}/{name}" for name in lacking])
+            downloaded, reused = downloaded + len(lacking), reused + len(names) - len(lacking)
             continue
         archive = settings.data_root / f"{split}.zip"
         with _bar() as bar:
@@ -206,11 +209,12 @@ def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress
 
 
 def _problem(path: Path) -> str | None:
-    """Also refuse what `picture_problem` lets pass: a login page sent in place of a picture."""
-    problem = picture_problem(path)
-    if problem is None and not path.read_bytes().startswith(PICTURE_STARTS):
-        return "not a picture"
-    return problem
+    """Also refuse what `content_problem` lets pass: a login page sent in place of a picture."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return content_problem(content) or (None if content.startswith(PICTURE_STARTS) else "not a picture")
 
 
 def _zip_problem(path: Path) -> str | None:

@@ -59,8 +59,9 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     stop = stop or threading.Event()
     part = target.with_name(target.name + ".part")
-    received, furthest, failed, pause, reason = 0, _size(part), 0, 0.0, ""
+    received, furthest, tries, failed, pause, reason = 0, _size(part), 0, 0, 0.0, ""
     while failed <= policy.retries and not stop.wait(pause):
+        tries += 1
         try:
             received += _download(url, part, policy, progress, stop)
             problem = check(part)
@@ -76,7 +77,7 @@ def fetch(
     if stop.is_set():
         raise QuantrackError(f"{url}: stopped; what is downloaded stays")
     raise QuantrackError(
-        f"cannot fetch {url} after {policy.retries + 1} tries ({reason}); check the network and run again to resume, "
+        f"cannot fetch {url} after {tries} tries ({reason}); check the network and run again to resume, "
         "build from a copy with source=DIR, or try the embedded demo: -P model=demo -P data_root=demo"
     )
 

@@ -65,7 +65,8 @@ def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]
         for operand in filter(groups.__contains__, node.input):  # others stay float
             own, whole = by_root[groups.root(operand)], by_root[groups.root(result)]
             together = covering(own, whole)
-            if own.width >= ALIGN_SHARE * whole.width and not (together.zero_point and _is_relu(graph, operand)):
+            from_relu = any(_is_relu(graph, name) for name in (*groups.of(operand), *groups.of(result)))
+            if own.width >= ALIGN_SHARE * whole.width and not (together.zero_point and from_relu):
                 root = groups.join(operand, result)
                 by_root[root] = together
 
@@ -152,6 +153,10 @@ class Groups:
         for tensor in sorted(self._parent):
             members.setdefault(self.root(tensor), []).append(tensor)
         return iter(members.items())
+
+    def of(self, tensor: str) -> list[str]:
+        """The tensors of a tensor's group, itself among them."""
+        return [other for other in self._parent if self.root(other) == self.root(tensor)]
 
     def root(self, tensor: str) -> str:
         """The tensor that stands for a tensor's group."""

@@ -112,22 +112,26 @@ def has_integer_convolutions(path: Path) -> bool:
     relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
     quantizers = {node.input[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
     constants = {item.name: item for item in graph.initializer}
+    copies = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+    constants |= {name: constants[source] for name, source in copies.items() if source in constants}
+    constants |= {node.output[0]: item.t for node in graph.node for item in node.attribute if item.name == "value"}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     on_integers = 0
     for node in convolutions:
         activated = relus.get(node.output[0], node.output[0])
         quantizer = quantizers.get(activated)
-        if quantizer is not None and all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2]):
-            scale, *zero_point = (constants.get(name) for name in quantizer.input[1:])
-            one_scale = scale is None or math.prod(scale.dims) == 1
-            on_integers += one_scale and (activated == node.output[0] or _is_lowest(*zero_point))
+        if quantizer is None or any(made_by.get(name) != "DequantizeLinear" for name in node.input[:2]):
+            continue
+        scale, zero_point = constants.get(quantizer.input[1]), [constants.get(name) for name in quantizer.input[2:]]
+        one_scale = scale is not None and math.prod(scale.dims) == 1
+        on_integers += one_scale and (activated == node.output[0] or all(_is_lowest(each) for each in zero_point))
     return 2 * on_integers > len(convolutions)
 
 
-def _is_lowest(zero_point: onnx.TensorProto | None = None) -> bool:
-    """Whether nothing on a grid lies below zero; so it is where the file names no zero point."""
+def _is_lowest(zero_point: onnx.TensorProto | None) -> bool:
+    """Whether nothing on a grid lies below zero, as far as the file says."""
     if zero_point is None:
-        return True
+        return False
     value = onnx.numpy_helper.to_array(zero_point)
     return bool((value == np.iinfo(value.dtype).min).all())
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -152,20 +152,22 @@ def _kept(found: Curvatures, folder: Path) -> Curvatures:
         seconds, count, began = 0.0, 0, time.perf_counter()
         for count, by_name in enumerate(found, 1):
             seconds += time.perf_counter() - began  # and not what is done with it
-            target = _with_file(target, f"{count}.pt", by_name)
+            parts = {name: vars(curvature) for name, curvature in by_name.items()}
+            if target is not None:
+                target = _written(target, partial(torch.save, parts, target / f"{count}.pt"))
             yield by_name
             began = time.perf_counter()
         if target is not None:
-            write_json(target / KEPT, {"files": count, "seconds": seconds})
+            target = _written(target, partial(write_json, target / KEPT, {"files": count, "seconds": seconds}))
+    if target is not None:
+        with going_on_without(folder.parent):
             forget_oldest(folder.parent, keep=folder)
 
 
-def _with_file(folder: Path | None, name: str, found: Mapping[str, Curvature]) -> Path | None:
+def _written(folder: Path, write: Callable[[], object]) -> Path | None:
     """The folder with one file more; None, and no folder, where it cannot be written."""
-    if folder is None:
-        return None
     with going_on_without(folder.parent):
-        torch.save({name: vars(curvature) for name, curvature in found.items()}, folder / name)
+        write()
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     return None

@@ -28,6 +28,7 @@ from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob, StepReport
 from quantrack.quantization.state import DAMAGED, model_of_state, model_state
 
+FULL_DISK = "inline_container"  # in what PyTorch says where it cannot write on
 WORTH_SECONDS = 3.0
 LIMIT_BYTES = 4_000_000_000
 WRITTEN_WITHIN = 86_400.0  # seconds; what a killed process left is older
@@ -83,7 +84,9 @@ def going_on_without(folder: Path) -> Iterator[None]:
     """Where the cache cannot be written, say so and leave the block: all that it holds can be made again."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # the latter is PyTorch's for a full disk
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and FULL_DISK not in str(error):
+            raise
         reason = (error.strerror if isinstance(error, OSError) else None) or "is the disk full?"
         say(f"{folder}: cannot be written ({reason}); going on without; {CACHE_VARIABLE} names another cache")
 

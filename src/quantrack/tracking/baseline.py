@@ -26,7 +26,7 @@ from quantrack.settings import BaselineSettings, setting_texts
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
 from quantrack.tracking.models import fetch_onnx
-from quantrack.tracking.read import active_run_id, has_artifact, newest_finished, read_json
+from quantrack.tracking.read import active_run_id, finished_runs, has_artifact, read_json
 from quantrack.tracking.result import comparison_key, detector_facts, log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 from quantrack.tracking.run_digest import SOFTWARE, log_run_digest, software_digest
@@ -82,14 +82,12 @@ def measure_baseline(
 
 def find_baseline(key: ComparisonKey, further_tags: Mapping[str, str] | None = None) -> Baseline | None:
     """The newest finished float32 baseline of the same key in the active run's experiment, with what it logged."""
-    run = newest_finished({"entry_point": "baseline", "mode": "fp32", **key.tags(), **(further_tags or {})})
-    if run is None:
-        return None
-    if not all(has_artifact(run.info.run_id, name) for name in ("detections.json", "onnx")):
-        say(f"float32 baseline: what run {run.info.run_id} has logged is gone; not using it")
-        return None
-    detections = detections_from_json(read_json(run.info.run_id, "detections.json"))
-    return Baseline(run.info.run_id, run.data.metrics, detections)
+    for run in finished_runs({"entry_point": "baseline", "mode": "fp32", **key.tags(), **(further_tags or {})}):
+        run_id = run.info.run_id
+        if all(has_artifact(run_id, name) for name in ("detections.json", "onnx")):
+            return Baseline(run_id, run.data.metrics, detections_from_json(read_json(run_id, "detections.json")))
+        say(f"float32 baseline: what run {run_id} has logged is gone; not using it")
+    return None
 
 
 def find_or_measure_baseline(detector: Detector, evaluation_set: EvaluationSet, settings: BaselineSettings) -> Baseline:

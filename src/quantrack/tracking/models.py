@@ -78,8 +78,8 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
 def log_given_file(reference: str, path: Path) -> None:
     """Tag the active run with which file `onnx` was: an alias may move, a path be overwritten."""
     tags = {"onnx_digest": file_digest(path)}
-    name, _, alias = reference.removeprefix("models:/").partition("@")
-    if reference.startswith("models:/") and alias:
+    name, _, alias = reference.removeprefix("models:/").partition("/")[0].rpartition("@")
+    if reference.startswith("models:/") and name:
         version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
         tags["onnx_version"] = f"models:/{name}/{version}"
     mlflow.set_tags(tags)

@@ -26,13 +26,14 @@ SETTINGS: dict[str, type[SharedSettings]] = {
     "qat": QatSettings,
     "evaluate": OnnxSettings,
 }
+ONNX_DIGEST = "onnx_digest"
 DIGESTS = (
     "model_digest",
     "evaluation_digest",
     "calibration_digest",
     "training_digest",
     "validation_digest",
-    "onnx_digest",
+    ONNX_DIGEST,
 )
 CONTEXT = ("git_commit", "device_name", "provider")  # tags
 ENVIRONMENT = ("versions", "torch_threads")  # of environment.json
@@ -134,6 +135,8 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     """`reproduction.json`: what differs and on what both ran; the number of differences as a metric."""
     again = require_run(again_id, "again")
     before, now = facts(record.run), facts(again)
+    if ONNX_DIGEST not in before:  # a record of before it was logged
+        now.pop(ONNX_DIGEST, None)
     found = differences(before, now)
     context: dict[str, object] = {
         name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT

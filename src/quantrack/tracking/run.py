@@ -30,9 +30,9 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
         QuantrackError: the tracking store cannot be reached.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # without the parent's experiment named, that of the environment would be taken
+    experiment_id = current_run().info.experiment_id if nested else None
     try:
-        # without the parent's experiment named, that of the environment would be taken
-        experiment_id = current_run().info.experiment_id if nested else None
         run = mlflow.start_run(nested=nested, experiment_id=experiment_id)
     except Exception as error:  # a database's driver raises its own kinds
         raise QuantrackError(store_problem(error)) from error

@@ -19,6 +19,7 @@ PLANS = (
     ({"plan_by": "layer"}, PlanBits(by="layer")),
     ({"recipe": "fast", "avg_bits": 5.0}, PlanBits(5.0)),
     ({"weight_storage": "int4"}, PlanBits(None, (4, 7), "layer", weigh_all=True)),  # the smallest file
+    ({"weight_storage": "int4", "placement": "full"}, PlanBits(None, (4, 7), "layer")),
     ({"weight_storage": "int4", "avg_bits": 4.25}, PlanBits(4.25, (4, 7), "layer", weigh_all=True)),
     (
         {"weight_storage": "int4", "plan_bits": "4,8", "plan_by": "channel"},

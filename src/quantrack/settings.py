@@ -189,9 +189,10 @@ class PtqSettings(RecipeSettings):
             UsageError: there is no such recipe, or no plan has so few or so many bits.
         """
         recipe = parse_recipe(self.recipe)
-        if self._is_our_recipe_for_int4:
+        recipe = recipe.with_plan(self._plan_step(recipe))
+        if self._is_our_recipe_for_int4 and self.placement == "inputs":
             recipe = for_packed_weights(recipe)
-        return recipe_for(self.variant_values(), recipe.with_plan(self._plan_step(recipe)))
+        return recipe_for(self.variant_values(), recipe)
 
     @property
     def _is_our_recipe_for_int4(self) -> bool:

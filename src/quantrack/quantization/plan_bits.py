@@ -50,7 +50,7 @@ class PlanBits:
         return {"planned_error": sum(row.planned_error(job.plan.bits[row.name]) for row in rows)}
 
 
-FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer", weigh_all=True)
+FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer")
 """For the smallest file: INT4 and INT8 store nothing else without waste, and it is as large as that of bits by role."""
 
 

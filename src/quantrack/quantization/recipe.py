@@ -92,8 +92,11 @@ class Recipe:
 
 
 def for_packed_weights(recipe: Recipe) -> Recipe:
-    """One of our recipes as it serves `weight_storage=int4`, whose layers have 4 or 7 bits throughout."""
-    weighing = (replace(step, weigh_all=True) if isinstance(step, Gptq) else step for step in recipe.steps)
+    """One of our recipes as it serves `weight_storage=int4`, whose layers have 4 or 7 bits throughout.
+
+    With `placement=full` nothing is gained (benchmarks/decisions.md).
+    """
+    weighing = (replace(step, weigh_all=True) if isinstance(step, PlanBits | Gptq) else step for step in recipe.steps)
     return replace(recipe, steps=tuple(weighing))
 
 

@@ -36,16 +36,17 @@ def current_run() -> Run:
 
 def newest_finished(tags: Mapping[str, str]) -> Run | None:
     """The newest finished run with these tags in the active run's experiment."""
-    return next(iter(finished_runs(tags)), None)
+    return next(iter(finished_runs(tags, 1)), None)
 
 
-def finished_runs(tags: Mapping[str, str]) -> list[Run]:
-    """The finished runs with these tags in the active run's experiment, the newest first."""
+def finished_runs(tags: Mapping[str, str], most: int = 100) -> list[Run]:
+    """The newest finished runs with these tags in the active run's experiment, the newest first, at most so many."""
     clauses = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     runs = mlflow.search_runs(
         experiment_ids=[current_run().info.experiment_id],
         filter_string=" and ".join([*clauses, "attributes.status = 'FINISHED'"]),
         order_by=["attributes.start_time DESC"],
+        max_results=most,
         output_format="list",
     )
     return list(runs)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantrack.detector.load import load_detector
+from quantrack.detector.selection import _distances
 
 
 @pytest.mark.parametrize("source", ["yolov10n", "yolo26n"])
@@ -23,6 +24,15 @@ def test_selecting_first_gives_what_ultralytics_gives(source):
         # random weights give many equal scores, whose order is free; sorted scores and the best rows are not
         torch.testing.assert_close(found[..., 4], expected[..., 4])
         torch.testing.assert_close(found[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize(("source", "bins"), [("yolov10n", 64), ("yolo26n", 4)])
+def test_distances_are_those_of_the_head(source, bins):
+    head = load_detector(f"{source}.yaml", "one2one", 64, 0, trust_checkpoint=False).model.model[-1]
+    taken = 8 * torch.randn(2, bins, 5, generator=torch.Generator().manual_seed(0))
+    expected = head.dfl(taken)
+    assert expected.std() > 1
+    torch.testing.assert_close(_distances(head, taken), expected)
 
 
 def test_a_copy_keeps_the_order():

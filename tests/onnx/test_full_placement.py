@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from quantrack.datasets.pictures import network_input
 from quantrack.errors import QuantrackError
 from quantrack.onnx.activation_grid import SCORES_FROM, SILU_FROM, Grid, ObservedRange, covering
+from quantrack.onnx.channels_last_head import LAST, keep_channels_last
 from quantrack.onnx.float_silu import SILU, silu_in_float, silu_product
 from quantrack.onnx.full_placement import (
     observable_tensors,
@@ -233,7 +234,13 @@ def is_quantized_convolution(graph: Graph, node: onnx.NodeProto) -> bool:
     return node.op_type == "Conv" and node.input[1] in graph.producers
 
 
-@pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying, dequantize_late])
+def channels_last(graph: Graph) -> None:
+    """The head's rewrite, and what it wants before it."""
+    dequantize_late(graph)
+    keep_channels_last(graph)
+
+
+@pytest.mark.parametrize("rewrite", [fill_input_channels, double_by_copying, dequantize_late, channels_last])
 def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypatch, rewrite):
     # of all the rewrites for kernels this one is not for speed: a processor without VNNI opens no file without it
     monkeypatch.setattr("quantrack.onnx.full_placement.suit_integer_kernels", own_zero_points)
@@ -295,6 +302,98 @@ def test_detections_are_selected_on_integers(full):
     }
     assert types[best.input[0]] == onnx.TensorProto.UINT8
     assert graph.producers[selected.input[0]].op_type == "DequantizeLinear"
+
+
+def test_the_selection_has_channels_last(full, tmp_path):
+    """No level is turned around: of what is selected from, ONNX Runtime's graph has [1, positions, channels]."""
+    graph = read_graph(full)
+    best = next(node for node in graph.nodes if node.op_type == "ReduceMax")
+    assert [list(item.ints) for item in best.attribute if item.name == "axes"] == [[2]]
+    concatenated = [node for node in graph.nodes if node.op_type == "Concat" and node.output[0].endswith(LAST)]
+    assert len(concatenated) == 2  # boxes and scores
+    readers = Counter(reader.op_type for node in concatenated for reader in graph.consumers[node.output[0]])
+    assert readers == {"Gather": 2, "ReduceMax": 1}
+    optimized_operators(full, tmp_path)
+    made = read_graph(tmp_path / "optimized.onnx")
+    for node in concatenated:
+        made_by = next(each for each in made.nodes if each.name == node.name)
+        for name in made_by.input:
+            assert made.producers[name].op_type == "Reshape"
+            assert made.producers[made.producers[name].input[0]].op_type == "QLinearConv"
+
+
+def selecting_model(change: str = "") -> onnx.ModelProto:
+    """Two levels of quantized convolutions' results, the best channel of each position, and two positions of all."""
+    value, node = helper.make_tensor_value_info, helper.make_node
+    quantizer = ["scale", "zero"]
+    constants = {
+        "scale": np.float32(0.1), "zero": np.uint8(3), "w": np.ones((3, 2, 1, 1), np.float32), "axis": np.array([1]),
+        "flat": np.array([1, 3, -1]), "two": np.array([2]), "all": np.array([1, 3, 2]), "other axis": np.array([2]),
+    }  # fmt: skip
+    nodes = [
+        *(node("Conv", [f"x{k}", "w"], [f"y{k}"]) for k in (0, 1)),
+        *(node("QuantizeLinear", [f"y{k}", *quantizer], [f"q{k}"]) for k in (0, 1)),
+        *(node("Reshape", [f"q{k}", "flat"], [f"r{k}"]) for k in (0, 1)),
+        node("Concat", ["r0", "r1"], ["whole"], axis=-1, name="levels"),
+        node("ReduceMax", ["whole"], ["best"], axes=[1], keepdims=0),
+        node("DequantizeLinear", ["best", *quantizer], ["scores"]),
+        node("TopK", ["scores", "two"], ["top", "places"], axis=1),
+        node("Unsqueeze", ["places", "axis"], ["row"]),
+        node("Expand", ["row", "all"], ["indices"]),
+        node("GatherElements", ["whole", "indices"], ["taken"], axis=2),
+        node("DequantizeLinear", ["taken", *quantizer], ["z"]),
+    ]
+    by_name = {item.output[0]: item for item in nodes}
+    outputs = ["top", "z"]
+    if change == "another reader":
+        nodes.append(node("DequantizeLinear", ["whole", *quantizer], ["seen"]))
+        outputs.append("seen")
+    elif change == "float":
+        by_name["r1"].input[0] = "y1"
+        nodes = [each for each in nodes if each is not by_name["r0"]]
+        nodes.insert(4, node("Reshape", ["y0", "flat"], ["r0"]))
+        nodes = [each for each in nodes if each.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+        by_name["top"].input[0], by_name["taken"].output[0] = "best", "z"
+    elif change == "best position":
+        by_name["best"].attribute[0].ints[:] = [2]
+        constants["two"], constants["all"] = np.array([1]), np.array([1, 3, 1])
+    elif change == "other positions for each channel":
+        constants["more"] = np.array([[[0, 1], [1, 2], [2, 0]]])
+        by_name["taken"].input[1] = "more"
+    elif change == "pictures":
+        constants["flat"], constants["all"] = np.array([2, 3, -1]), np.array([2, 3, 2])
+    batch = 2 if change == "pictures" else 1
+    inputs = [value("x0", 1, [batch, 2, 3, 4]), value("x1", 1, [batch, 2, 2, 2])]
+    initializers = [numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()]
+    graph = helper.make_graph(nodes, "g", inputs, [value(name, 1, None) for name in outputs], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def selected(model: onnx.ModelProto, batch: int) -> list[np.ndarray]:
+    draws = np.random.default_rng(0)
+    feed = {name: draws.normal(size=(batch, 2, *sides)).astype(np.float32) for name, sides in SIDES.items()}
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+SIDES = {"x0": (3, 4), "x1": (2, 2)}
+LEFT_ALONE = ["another reader", "float", "best position", "other positions for each channel", "pictures"]
+
+
+def test_levels_are_selected_from_with_channels_last():
+    graph = Graph(selecting_model())
+    keep_channels_last(graph)
+    kinds = Counter(node.op_type for node in graph.nodes)
+    assert (kinds["GatherElements"], kinds["Expand"], kinds["Gather"], kinds["Transpose"]) == (0, 0, 1, 3)
+    for before, after in zip(selected(selecting_model(), 1), selected(graph.model, 1), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("change", LEFT_ALONE)
+def test_selections_of_other_kinds_stay(change):
+    selected(selecting_model(change), 2 if change == "pictures" else 1)  # it is a model that can be run
+    graph = Graph(selecting_model(change))
+    keep_channels_last(graph)
+    assert graph.nodes == list(selecting_model(change).graph.node)
 
 
 def test_the_one_to_many_head_too(small, tmp_path):

@@ -45,9 +45,22 @@ def _inference(head: Any, outputs: dict[str, Any]) -> Tensor:  # noqa: ANN401 - 
 def _decode(head: Any, outputs: dict[str, Any], anchors: Tensor) -> Tensor:  # noqa: ANN401
     """Boxes [B, 4, k] of these anchors in network pixels."""
     centres, strides = _grid(head, outputs["feats"])
-    distances = head.dfl(_take(outputs["boxes"], anchors))
+    distances = _distances(head, _take(outputs["boxes"], anchors))
     boxes: Tensor = head.decode_bboxes(distances, centres[anchors].transpose(1, 2)) * strides[anchors].transpose(1, 2)
     return boxes
+
+
+def _distances(head: Any, bins: Tensor) -> Tensor:  # noqa: ANN401
+    """What `head.dfl` gives, distances [B, 4, k] of `bins` [B, 4 * reg_max, k].
+
+    The softmax goes along the last axis: runtimes turn tensors around for any other, which took as long as TopK.
+    """
+    if isinstance(head.dfl, nn.Identity):
+        return bins
+    batch, _, k = bins.shape
+    shares = bins.transpose(1, 2).reshape(batch, k, 4, head.reg_max).softmax(3)
+    distances: Tensor = head.dfl.conv(shares.transpose(1, 3))  # [B, 1, 4, k]
+    return distances.reshape(batch, 4, k)
 
 
 def _grid(head: Any, features: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401

@@ -10,21 +10,25 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from quantrack.onnx.channels_last_head import keep_channels_last
 from quantrack.onnx.graph import Graph
 
-COMPARING = frozenset({"Reshape", "Concat", "GatherElements", "ReduceMax"})  # the same on a grid's integers
+COMPARING = frozenset(
+    {"Reshape", "Transpose", "Concat", "GatherElements", "ReduceMax"}
+)  # the same on a grid's integers
 SEVEN_BITS = (-64, 63)
 CHANNEL_MULTIPLE = 4  # the convolution kernel reads four input channels at a time; other counts go through im2col
 
 
 def suit_integer_kernels(graph: Graph) -> None:
-    """Fill the picture's channels up to four with zeros, double sides by copying, dequantize late in the head.
+    """Fill the picture's channels up to four with zeros, double sides by copying, select on integers in the head.
 
     And give large weights zero points of their own, which processors without VNNI want.
     """
     fill_input_channels(graph)
     double_by_copying(graph)
     dequantize_late(graph)
+    keep_channels_last(graph)
     own_zero_points(graph)
 
 

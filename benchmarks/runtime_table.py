@@ -84,10 +84,14 @@ def main(
     provider: Annotated[str, typer.Option(help="ONNX Runtime provider.")] = "auto",
     eval_images: Annotated[int, typer.Option(help="Evaluation pictures.")] = 100,
     recipe: Annotated[str, typer.Option(help="Recipe of the quantized runs.")] = "default",
+    latency_runs: Annotated[int, typer.Option(help="Timed runs of each file, in turns of ten.")] = 400,
     tuned: Annotated[bool, typer.Option("--tune", help="Time each file's fastest session as well.")] = False,
 ) -> None:
     """Measure all variants and write the table; what is finished stays, should a later run fail."""
-    shared = {"model": model, "data_root": data_root, "provider": provider, "eval_images": str(eval_images)}
+    shared = {
+        "model": model, "data_root": data_root, "provider": provider, "eval_images": str(eval_images),
+        "latency_runs": str(latency_runs),
+    }  # fmt: skip
     rows: list[dict[str, object]] = []
     float_session: Session | None = None
     for entry_point, parameters in CUDA_CASES if provider == CUDA else CPU_CASES:

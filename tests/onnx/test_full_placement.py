@@ -250,6 +250,8 @@ def test_rewrites_for_speed_change_no_value(small, observed, tmp_path, monkeypat
     rewrite(graph)
     write_graph(graph, rewritten)
     assert len(read_graph(rewritten).nodes) != len(read_graph(plain).nodes)
+    last = [name for name in read_graph(rewritten).producers if name.endswith(LAST)]
+    assert len(last) == (4 if rewrite is channels_last else 0)  # boxes and scores, of all positions and of the selected
     before, after = open_session(plain, "cpu"), open_session(rewritten, "cpu")
     images = [network_input(path, small.SIZE) for path in small.calibration.paths]
     np.testing.assert_array_equal(before.run(images[1][None]), after.run(images[1][None]))
@@ -322,61 +324,114 @@ def test_the_selection_has_channels_last(full, tmp_path):
             assert made.producers[made.producers[name].input[0]].op_type == "QLinearConv"
 
 
-def selecting_model(change: str = "") -> onnx.ModelProto:
-    """Two levels of quantized convolutions' results, the best channel of each position, and two positions of all."""
-    value, node = helper.make_tensor_value_info, helper.make_node
-    quantizer = ["scale", "zero"]
+SIDES = {"x0": (3, 4), "x1": (2, 2)}
+
+
+def selecting_model(change: str = "", batch: int = 1) -> onnx.ModelProto:
+    """Two levels of quantized results, the best channel of each position, and two positions of all channels."""
+    value, node, grid = helper.make_tensor_value_info, helper.make_node, ["scale", "zero"]
+    weights = np.random.default_rng(1).normal(size=(3, 2, 1, 1)).astype(np.float32)
     constants = {
-        "scale": np.float32(0.1), "zero": np.uint8(3), "w": np.ones((3, 2, 1, 1), np.float32), "axis": np.array([1]),
-        "flat": np.array([1, 3, -1]), "two": np.array([2]), "all": np.array([1, 3, 2]), "other axis": np.array([2]),
+        "scale": np.float32(0.04), "zero": np.uint8(99), "w": weights, "axis": np.array([1]),
+        "flat": np.array([batch, 3, -1]), "two": np.array([2]), "all": np.array([batch, 3, 2]),
     }  # fmt: skip
     nodes = [
         *(node("Conv", [f"x{k}", "w"], [f"y{k}"]) for k in (0, 1)),
-        *(node("QuantizeLinear", [f"y{k}", *quantizer], [f"q{k}"]) for k in (0, 1)),
+        *(node("QuantizeLinear", [f"y{k}", *grid], [f"q{k}"]) for k in (0, 1)),
         *(node("Reshape", [f"q{k}", "flat"], [f"r{k}"]) for k in (0, 1)),
         node("Concat", ["r0", "r1"], ["whole"], axis=-1, name="levels"),
         node("ReduceMax", ["whole"], ["best"], axes=[1], keepdims=0),
-        node("DequantizeLinear", ["best", *quantizer], ["scores"]),
+        node("DequantizeLinear", ["best", *grid], ["scores"]),
         node("TopK", ["scores", "two"], ["top", "places"], axis=1),
         node("Unsqueeze", ["places", "axis"], ["row"]),
         node("Expand", ["row", "all"], ["indices"]),
         node("GatherElements", ["whole", "indices"], ["taken"], axis=2),
-        node("DequantizeLinear", ["taken", *quantizer], ["z"]),
+        node("DequantizeLinear", ["taken", *grid], ["z"]),
     ]
-    by_name = {item.output[0]: item for item in nodes}
     outputs = ["top", "z"]
-    if change == "another reader":
-        nodes.append(node("DequantizeLinear", ["whole", *quantizer], ["seen"]))
-        outputs.append("seen")
-    elif change == "float":
-        by_name["r1"].input[0] = "y1"
-        nodes = [each for each in nodes if each is not by_name["r0"]]
-        nodes.insert(4, node("Reshape", ["y0", "flat"], ["r0"]))
-        nodes = [each for each in nodes if each.op_type not in ("QuantizeLinear", "DequantizeLinear")]
-        by_name["top"].input[0], by_name["taken"].output[0] = "best", "z"
-    elif change == "best position":
-        by_name["best"].attribute[0].ints[:] = [2]
-        constants["two"], constants["all"] = np.array([1]), np.array([1, 3, 1])
-    elif change == "other positions for each channel":
-        constants["more"] = np.array([[[0, 1], [1, 2], [2, 0]]])
-        by_name["taken"].input[1] = "more"
-    elif change == "pictures":
-        constants["flat"], constants["all"] = np.array([2, 3, -1]), np.array([2, 3, 2])
-    batch = 2 if change == "pictures" else 1
-    inputs = [value("x0", 1, [batch, 2, 3, 4]), value("x1", 1, [batch, 2, 2, 2])]
+    if change:
+        nodes, outputs = CHANGES[change](nodes, outputs, constants)
+    inputs = [value(name, 1, [batch, 2, *sides]) for name, sides in SIDES.items()]
     initializers = [numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()]
-    graph = helper.make_graph(nodes, "g", inputs, [value(name, 1, None) for name in outputs], initializers)
+    shown = [value(name, 2 if name == "whole" else 1, None) for name in outputs]
+    graph = helper.make_graph(nodes, "g", inputs, shown, initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
-def selected(model: onnx.ModelProto, batch: int) -> list[np.ndarray]:
+def another_reader(nodes, outputs, constants):
+    return [*nodes, helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["seen"])], [*outputs, "seen"]
+
+
+def an_output(nodes, outputs, constants):
+    return nodes, [*outputs, "whole"]
+
+
+def in_float(nodes, outputs, constants):
+    renamed = {"q0": "y0", "q1": "y1", "scores": "best", "z": "taken"}
+    kept = [node for node in nodes if "Quantize" not in node.op_type and node.op_type != "DequantizeLinear"]
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    return kept, ["top", "taken"]
+
+
+def the_best_position(nodes, outputs, constants):
+    """Of each channel, and then two channels of all positions alike: [1, 2, positions]."""
+    by_name = {node.output[0]: node for node in nodes}
+    by_name["best"].attribute[0].ints[:] = [2]
+    return nodes, outputs
+
+
+def with_the_axis_kept(nodes, outputs, constants):
+    by_name = {node.output[0]: node for node in nodes}
+    by_name["best"].attribute[1].i = 1
+    constants["last"] = np.array([1, 16])
+    flat = helper.make_node("Reshape", ["scores", "last"], ["scores in a row"])
+    by_name["top"].input[0] = "scores in a row"
+    return [*nodes[:9], flat, *nodes[9:]], outputs
+
+
+def other_positions_of_each_channel(nodes, outputs, constants):
+    by_name = {node.output[0]: node for node in nodes}
+    constants["more"] = np.array([[[0, 1], [1, 2], [2, 0]]])
+    by_name["taken"].input[1] = "more"
+    return nodes, outputs
+
+
+def a_position_of_each_channel(nodes, outputs, constants):
+    """One for each of three channels, repeated: [3] to [3, 1] to [1, 3, 2]."""
+    by_name = {node.output[0]: node for node in nodes}
+    constants["own"] = np.array([0, 5, 9])
+    by_name["row"].input[0] = "own"
+    return nodes, outputs
+
+
+def fewer_channels(nodes, outputs, constants):
+    constants["all"] = np.array([1, 2, 2])
+    return nodes, outputs
+
+
+def channels_by_position(nodes, outputs, constants):
+    """GatherElements along the channels."""
+    by_name = {node.output[0]: node for node in nodes}
+    by_name["taken"].attribute[0].i = 1
+    constants["own"] = np.array([[0, 2]])
+    by_name["row"].input[0] = "own"
+    return nodes, outputs
+
+
+CHANGES = {
+    each.__name__: each
+    for each in (
+        another_reader, an_output, in_float, the_best_position, with_the_axis_kept, other_positions_of_each_channel,
+        a_position_of_each_channel, fewer_channels, channels_by_position,
+    )
+}  # fmt: skip
+
+
+def selected(model: onnx.ModelProto, batch: int = 1) -> list[np.ndarray]:
     draws = np.random.default_rng(0)
     feed = {name: draws.normal(size=(batch, 2, *sides)).astype(np.float32) for name, sides in SIDES.items()}
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)
-
-
-SIDES = {"x0": (3, 4), "x1": (2, 2)}
-LEFT_ALONE = ["another reader", "float", "best position", "other positions for each channel", "pictures"]
 
 
 def test_levels_are_selected_from_with_channels_last():
@@ -384,16 +439,35 @@ def test_levels_are_selected_from_with_channels_last():
     keep_channels_last(graph)
     kinds = Counter(node.op_type for node in graph.nodes)
     assert (kinds["GatherElements"], kinds["Expand"], kinds["Gather"], kinds["Transpose"]) == (0, 0, 1, 3)
-    for before, after in zip(selected(selecting_model(), 1), selected(graph.model, 1), strict=True):
+    expected = selected(selecting_model())
+    assert len(set(expected[1].flat)) == expected[1].size
+    for before, after in zip(expected, selected(graph.model), strict=True):
         np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("change", LEFT_ALONE)
+@pytest.mark.parametrize("change", CHANGES)
 def test_selections_of_other_kinds_stay(change):
-    selected(selecting_model(change), 2 if change == "pictures" else 1)  # it is a model that can be run
+    selected(selecting_model(change))  # it is a model that can be run
     graph = Graph(selecting_model(change))
     keep_channels_last(graph)
     assert graph.nodes == list(selecting_model(change).graph.node)
+
+
+def test_selections_from_several_pictures_stay():
+    selected(selecting_model(batch=2), 2)
+    graph = Graph(selecting_model(batch=2))
+    keep_channels_last(graph)
+    assert graph.nodes == list(selecting_model(batch=2).graph.node)
+
+
+def test_selections_from_levels_of_unknown_sides_stay():
+    model = selecting_model()
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_param = "side"
+    graph = Graph(model)
+    before = graph.nodes
+    keep_channels_last(graph)
+    assert graph.nodes == before
 
 
 def test_the_one_to_many_head_too(small, tmp_path):

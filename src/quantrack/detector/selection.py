@@ -51,15 +51,18 @@ def _decode(head: Any, outputs: dict[str, Any], anchors: Tensor) -> Tensor:  # n
 
 
 def _distances(head: Any, bins: Tensor) -> Tensor:  # noqa: ANN401
-    """What `head.dfl` gives, distances [B, 4, k] of `bins` [B, 4 * reg_max, k].
+    """What `head.dfl` gives: distances [B, 4, k] of `bins` [B, 4 * reg_max, k].
 
-    The softmax goes along the last axis: runtimes turn tensors around for any other, which took as long as TopK.
+    The softmax goes along the last axis. Runtimes transpose for any other, which took ONNX Runtime longer than TopK.
     """
-    if isinstance(head.dfl, nn.Identity):
-        return bins
+    from ultralytics.nn.modules.block import DFL
+
+    if not isinstance(head.dfl, DFL):  # heads without a distribution have the identity
+        distances: Tensor = head.dfl(bins)
+        return distances
     batch, _, k = bins.shape
-    shares = bins.transpose(1, 2).reshape(batch, k, 4, head.reg_max).softmax(3)
-    distances: Tensor = head.dfl.conv(shares.transpose(1, 3))  # [B, 1, 4, k]
+    shares = bins.transpose(1, 2).reshape(batch, k, 4, head.dfl.c1).softmax(3)
+    distances = head.dfl.conv(shares.transpose(1, 3))  # [B, reg_max, 4, k] to [B, 1, 4, k]
     return distances.reshape(batch, 4, k)
 
 

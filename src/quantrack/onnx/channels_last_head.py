@@ -1,7 +1,8 @@
 """A selecting head on integers, in the order in which integer convolutions give their results: channels last.
 
-ONNX Runtime's integer convolutions give [1, H, W, C]. Written for [1, C, positions], the head has all 8,400 positions
-turned around, and its best class sought a row of memory apart each time. Here the selected ones alone are turned.
+ONNX Runtime's integer convolutions give [1, H, W, C]. Of a head written for [1, C, positions] it transposes every
+level (8,400 positions at 640 px), and the maximum over the classes reads memory with a stride. Here only the positions
+that are selected are transposed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LAST = "/channels_last"
 
 
 def keep_channels_last(graph: Graph) -> None:
-    """Let a Concat of quantized convolutions' results, and what selects from it, have channels last.
+    """Let a Concat of quantized results [1, C, H, W], and what selects from it by position, have channels last.
 
     Values and their order in the results stay. Called once the selection is on integers (`dequantize_late`).
     """
@@ -31,9 +32,7 @@ def keep_channels_last(graph: Graph) -> None:
         if node.output[0] in found:
             nodes += _concatenated(graph, node, found[node.output[0]], shapes)
         elif node.op_type == "ReduceMax" and node.input[0] in found:
-            node.input[0] += LAST
-            _attribute(node, "axes").ints[:] = [2]
-            nodes.append(node)
+            nodes.append(_best(node))
         elif node.op_type == "GatherElements" and node.input[0] in found:
             nodes += _selected(graph, node)
         else:
@@ -43,34 +42,37 @@ def keep_channels_last(graph: Graph) -> None:
 
 def _levels(graph: Graph, node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> list[str]:
     """The results [1, C, H, W] that a Concat puts together by position, if all that reads it can be rewritten."""
-    if node.op_type != "Concat" or not all(_can_be_rewritten(graph, reader) for reader in _readers(graph, node)):
+    whole = node.output[0]
+    if node.op_type != "Concat" or _settings(node).get("axis") not in (-1, 2):
+        return []
+    if whole in _outputs(graph) or not all(
+        _can_be_rewritten(graph, reader, shapes) for reader in graph.consumers[whole]
+    ):
         return []
     reshapes = [graph.producers.get(name) for name in node.input]
     levels = [reshape.input[0] for reshape in reshapes if reshape is not None and reshape.op_type == "Reshape"]
     quantized = all(level in graph.producers and graph.producers[level].op_type == "QuantizeLinear" for level in levels)
-    if len(levels) != len(node.input) or not quantized or _attribute(node, "axis").i not in (-1, 2):
-        return []
     sides = [shapes.get(level, []) for level in levels]
-    flat = [[1, side[1], side[2] * side[3]] if len(side) == 4 else [] for side in sides]
-    return levels if all(shapes.get(name) == each for name, each in zip(node.input, flat, strict=True)) else []
+    if len(levels) != len(node.input) or not quantized or not all(len(side) == 4 and all(side) for side in sides):
+        return []
+    flat = [[1, channels, height * width] for _, channels, height, width in sides]
+    return levels if [shapes.get(name) for name in node.input] == flat else []
 
 
-def _readers(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto | None]:
-    """What reads a node's result; None for the graph's user."""
-    shown = node.output[0] in {item.name for item in graph.model.graph.output}
-    return [*graph.consumers[node.output[0]], *([None] if shown else [])]
-
-
-def _can_be_rewritten(graph: Graph, reader: onnx.NodeProto | None) -> bool:
-    if reader is not None and reader.op_type == "ReduceMax":
-        axes = [list(item.ints) for item in reader.attribute if item.name == "axes"]
-        return len(reader.input) == 1 and axes == [[1]]
-    by_position = reader is not None and reader.op_type == "GatherElements" and _attribute(reader, "axis").i == 2
-    return by_position and reader is not None and bool(_positions(graph, reader))
+def _can_be_rewritten(graph: Graph, reader: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> bool:
+    """Whether it takes the maximum over all channels, or the same positions of each."""
+    settings = _settings(reader)
+    if reader.op_type == "ReduceMax":
+        return len(reader.input) == 1 and settings.get("axes") == [1] and settings.get("keepdims") == 0
+    if reader.op_type != "GatherElements" or settings.get("axis") != 2:
+        return False
+    batch, channels, *_ = shapes.get(reader.input[0]) or [0, 0]
+    positions = shapes.get(_positions(graph, reader), [])
+    return len(positions) == 2 and all(positions) and shapes.get(reader.input[1]) == [batch, channels, positions[1]]
 
 
 def _positions(graph: Graph, selection: onnx.NodeProto) -> str:
-    """The positions [1, k] that a GatherElements takes of all channels alike; empty if it is not so."""
+    """The positions [1, k] that a GatherElements takes, before they are repeated for each channel; empty if none."""
     expand = graph.producers.get(selection.input[1])
     unsqueeze = graph.producers.get(expand.input[0]) if expand is not None and expand.op_type == "Expand" else None
     if unsqueeze is None or unsqueeze.op_type != "Unsqueeze" or unsqueeze.input[1] not in graph.initializers:
@@ -86,14 +88,20 @@ def _concatenated(
     result = concat.output[0] + LAST
     for place, level in enumerate(levels):
         batch, channels, height, width = shapes[level]
-        turned, flat = f"{result}/{place}/turned", f"{result}/{place}"
+        transposed, flat = f"{result}/{place}/transposed", f"{result}/{place}"
         sides = graph.add(f"{flat}/sides", np.array([batch, height * width, channels], np.int64))
         nodes += [
-            helper.make_node("Transpose", [level], [turned], name=f"{flat}/Transpose", perm=[0, 2, 3, 1]),
-            helper.make_node("Reshape", [turned, sides], [flat], name=f"{flat}/Reshape"),
+            helper.make_node("Transpose", [level], [transposed], name=f"{flat}/Transpose", perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [transposed, sides], [flat], name=f"{flat}/Reshape"),
         ]
     parts = [f"{result}/{place}" for place in range(len(levels))]
     return [*nodes, helper.make_node("Concat", parts, [result], name=concat.name, axis=1)]
+
+
+def _best(maximum: onnx.NodeProto) -> onnx.NodeProto:
+    """The maximum over the channels of [1, positions, C]."""
+    inputs, name = [maximum.input[0] + LAST], maximum.name
+    return helper.make_node("ReduceMax", inputs, list(maximum.output), name=name, axes=[2], keepdims=0)
 
 
 def _selected(graph: Graph, selection: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -107,14 +115,18 @@ def _selected(graph: Graph, selection: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
-def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
-    found: onnx.AttributeProto = next(item for item in node.attribute if item.name == name)
-    return found
+def _settings(node: onnx.NodeProto) -> dict[str, object]:
+    """A node's attributes; one that has its default need not be among them."""
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
+def _outputs(graph: Graph) -> set[str]:
+    return {item.name for item in graph.model.graph.output}
 
 
 def _needed(graph: Graph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes without those whose results nothing takes."""
-    used = {item.name for item in graph.model.graph.output}
+    used = _outputs(graph)
     kept: list[onnx.NodeProto] = []
     for node in reversed(nodes):
         if used.intersection(node.output):

@@ -13,15 +13,14 @@ from onnx import helper, numpy_helper
 from quantrack.onnx.channels_last_head import keep_channels_last
 from quantrack.onnx.graph import Graph
 
-COMPARING = frozenset(
-    {"Reshape", "Transpose", "Concat", "GatherElements", "ReduceMax"}
-)  # the same on a grid's integers
+# the same on a grid's integers
+COMPARING = frozenset({"Reshape", "Transpose", "Concat", "GatherElements", "ReduceMax"})
 SEVEN_BITS = (-64, 63)
 CHANNEL_MULTIPLE = 4  # the convolution kernel reads four input channels at a time; other counts go through im2col
 
 
 def suit_integer_kernels(graph: Graph) -> None:
-    """Fill the picture's channels up to four with zeros, double sides by copying, select on integers in the head.
+    """Fill the picture's channels up to four with zeros, double sides by copying, select on integers, channels last.
 
     And give large weights zero points of their own, which processors without VNNI want.
     """

@@ -20,6 +20,7 @@ from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
 from quantrack.tracking.read import current_run, find_run, has_artifact, one_line
 
+VERSION_TAG = "onnx_version"  # of a run that was given a model by an alias
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
 
@@ -81,7 +82,7 @@ def log_given_file(reference: str, path: Path) -> None:
     name, _, alias = reference.removeprefix("models:/").partition("/")[0].rpartition("@")
     if reference.startswith("models:/") and name:
         version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
-        tags["onnx_version"] = f"models:/{name}/{version}"
+        tags[VERSION_TAG] = f"models:/{name}/{version}"
     mlflow.set_tags(tags)
 
 

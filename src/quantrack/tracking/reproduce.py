@@ -16,7 +16,7 @@ from quantrack.files import file_digest
 from quantrack.quantization.recipe import RECIPES, Recipe
 from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, QatSettings, SharedSettings, parse_settings
 from quantrack.tracking.log import log_json
-from quantrack.tracking.models import fetch
+from quantrack.tracking.models import VERSION_TAG, fetch
 from quantrack.tracking.read import read_json, require_run
 from quantrack.tracking.training import START_TAG
 
@@ -71,8 +71,16 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
         texts = _from_the_same_start(run, texts)
     else:
         texts |= _recorded_files(run, texts, folder)
+    if VERSION_TAG in run.data.tags:  # what an alias stood for then
+        texts["onnx"] = run.data.tags[VERSION_TAG] + _within_the_model(texts["onnx"])
     texts |= {"data_root": data_root} if data_root else {}
     return Record(run, entry, parse_settings(SETTINGS[entry], texts))
+
+
+def _within_the_model(reference: str) -> str:
+    """The path in `models:/NAME@ALIAS/PATH`, with its slash; empty where there is none."""
+    _, slash, path = reference.strip().removeprefix("models:/").partition("/")
+    return slash + path
 
 
 def _from_the_same_start(run: Run, texts: Mapping[str, str]) -> dict[str, str]:

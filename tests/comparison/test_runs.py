@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -101,6 +102,26 @@ def test_figures_are_drawn_only_from_what_is_there() -> None:
     assert pareto_figure(alone, SIZE, "MB") is None
     assert class_drop_figure(alone) is None
     assert ranges_figure(alone) is None
+
+
+@pytest.mark.parametrize("cost", [SIZE, LATENCY])
+def test_labels_of_runs_as_good_lie_apart(cost: str) -> None:
+    def near(mode: str, drop: float, low: float, high: float, latency: float, size: float) -> ComparedRun:
+        ends = {"mAP50-95_drop": drop, "mAP50-95_drop_ci_low": low, "mAP50-95_drop_ci_high": high}
+        return run(mode, 0.4667 - drop / 100, latency, size, **ends)
+
+    runs = (
+        run("fp32", 0.4667, 19.4, 9.41), near("fp16", 0.03, -0.1, 0.1, 19.9, 4.76),
+        near("w8a8", 0.14, -0.3, 0.8, 26.6, 2.77), near("w8a16", 0.2, -0.3, 0.5, 19.5, 2.61),
+        near("w4a16", 0.23, -0.8, 1.7, 19.5, 2.67), near("w4a8", 0.68, 0.0, 2.1, 26.9, 2.77),
+    )  # fmt: skip
+    (group,) = comparable_groups(runs)
+    figure = pareto_figure(group, cost, "cost")
+    assert figure is not None
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(runs)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_the_report_needs_nothing_from_outside_and_escapes_names() -> None:

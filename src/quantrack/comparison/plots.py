@@ -87,7 +87,9 @@ def _place_labels(axes: Axes, runs: Sequence[ComparedRun], cost: str, theme: The
     """Each label beside its point, moved up or down where it would lie on one that is placed."""
     xs = [run.metrics[cost] for run in runs]
     ys = [run.metrics[ACCURACY] for run in runs]
-    wide, high = max(max(xs) - min(xs), 1e-9), max(max(ys) - min(ys), 1e-9)
+    intervals = [_accuracy_interval(run) for run in runs]  # the axis reaches as far as they do
+    high = max(max(top for _, top in intervals) - min(bottom for bottom, _ in intervals), 1e-9)
+    wide = max(max(xs) - min(xs), 1e-9)
     placed: list[tuple[float, float]] = []
     for run, x, y in sorted(zip(runs, xs, ys, strict=True), key=lambda item: -item[2]):
         spot = y

@@ -97,7 +97,7 @@ def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> 
         done = run_pipeline(shared_store, "benchmark", "--onnx", onnx, "--latency-runs", "2")
         assert done.returncode == 0, done.stderr
     tags = newest_run(shared_store, "benchmark").data.tags  # the alias may move
-    assert tags["onnx_version"] == "models:/scored/1"
+    assert tags["onnx_version"] == f"models:/scored/1/data/{FILE}"
     with tempfile.TemporaryDirectory() as folder:
         file = mlflow.artifacts.download_artifacts(f"runs:/{ptq_run.info.run_id}/onnx/{FILE}", dst_path=folder)
         assert tags["onnx_digest"] == file_digest(Path(file))

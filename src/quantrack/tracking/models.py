@@ -20,7 +20,7 @@ from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
 from quantrack.tracking.read import current_run, find_run, has_artifact, one_line
 
-VERSION_TAG = "onnx_version"  # of a run that was given a model by an alias
+VERSION_TAG = "onnx_version"  # of a run that was given a model by an alias or as the latest
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
 
@@ -78,12 +78,25 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
 
 def log_given_file(reference: str, path: Path) -> None:
     """Tag the active run with which file `onnx` was: an alias may move, a path be overwritten."""
-    tags = {"onnx_digest": file_digest(path)}
-    name, _, alias = reference.removeprefix("models:/").partition("/")[0].rpartition("@")
-    if reference.startswith("models:/") and name:
-        version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
-        tags[VERSION_TAG] = f"models:/{name}/{version}"
-    mlflow.set_tags(tags)
+    version = of_a_version(reference)
+    mlflow.set_tags({"onnx_digest": file_digest(path)} | ({VERSION_TAG: version} if version != reference else {}))
+
+
+def of_a_version(reference: str) -> str:
+    """`models:/NAME/VERSION/PATH` for what an alias or `latest` stands for now; any other reference as it is."""
+    if not reference.startswith("models:/"):
+        return reference
+    name, _, path = reference.removeprefix("models:/").partition("/")
+    client = mlflow.MlflowClient()
+    registered, _, alias = name.rpartition("@")
+    if registered:
+        version = int(client.get_model_version_by_alias(registered, alias).version)
+    elif path.partition("/")[0] == "latest":
+        registered, path = name, path.partition("/")[2]
+        version = max(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
+    else:
+        return reference
+    return f"models:/{registered}/{version}" + (f"/{path}" if path else "")
 
 
 @contextmanager

@@ -72,15 +72,9 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
     else:
         texts |= _recorded_files(run, texts, folder)
     if VERSION_TAG in run.data.tags:  # what an alias stood for then
-        texts["onnx"] = run.data.tags[VERSION_TAG] + _within_the_model(texts["onnx"])
+        texts["onnx"] = run.data.tags[VERSION_TAG]
     texts |= {"data_root": data_root} if data_root else {}
     return Record(run, entry, parse_settings(SETTINGS[entry], texts))
-
-
-def _within_the_model(reference: str) -> str:
-    """The path in `models:/NAME@ALIAS/PATH`, with its slash; empty where there is none."""
-    _, slash, path = reference.strip().removeprefix("models:/").partition("/")
-    return slash + path
 
 
 def _from_the_same_start(run: Run, texts: Mapping[str, str]) -> dict[str, str]:

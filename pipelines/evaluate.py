@@ -11,7 +11,7 @@ from quantrack.evaluation.measure import prove, require_output, require_same_cla
 from quantrack.onnx.inspect import file_facts
 from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
-from quantrack.tracking.baseline import find_baseline
+from quantrack.tracking.baseline import find_baseline, log_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
 from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, log_given_file
 from quantrack.tracking.result import comparison_key, log_evaluation, resolved_by_file
@@ -35,6 +35,8 @@ def evaluate(settings: OnnxSettings) -> None:
         log_inputs(evaluation_set, None)
 
         baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))
+        if baseline:
+            log_baseline(baseline)
         beside = baseline.open(settings.provider, Path(folder) / "float32") if baseline else None
         # Without the PyTorch model there is no parity to measure; it stays absent.
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None, beside)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
-from rich.progress import track as rich_track
 
 T = TypeVar("T")
 
@@ -16,14 +16,15 @@ _console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar; quiet where standard error is not a terminal."""
-    yield from rich_track(
-        items, description, total=total, console=_console, transient=True, disable=not _console.is_terminal
-    )
+    with new_bar() as bar:
+        yield from bar.track(items, total, description=description)
 
 
 def new_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar to be moved by hand; quiet where standard error is not a terminal."""
-    return Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal)
+    # what goes to a file or another program must not be taken to the bar's terminal
+    mixed = sys.stdout.isatty()
+    return Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal, redirect_stdout=mixed)
 
 
 def say(line: str) -> None:

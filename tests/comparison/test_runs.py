@@ -115,13 +115,27 @@ def test_labels_of_runs_as_good_lie_apart(cost: str) -> None:
         near("w8a8", 0.14, -0.3, 0.8, 26.6, 2.77), near("w8a16", 0.2, -0.3, 0.5, 19.5, 2.61),
         near("w4a16", 0.23, -0.8, 1.7, 19.5, 2.67), near("w4a8", 0.68, 0.0, 2.1, 26.9, 2.77),
     )  # fmt: skip
+    assert_labels_lie_apart(runs, cost)
+
+
+@pytest.mark.parametrize("count", [2, 15])
+def test_labels_of_equal_runs_lie_apart(count: int) -> None:
+    """Without intervals, as files that were evaluated without a baseline have none."""
+    assert_labels_lie_apart(tuple(run(f"w{number}a8", 0.45, 20.0, 2.7) for number in range(count)), SIZE)
+
+
+def assert_labels_lie_apart(runs: tuple[ComparedRun, ...], cost: str) -> None:
+    """And within the axes."""
     (group,) = comparable_groups(runs)
     figure = pareto_figure(group, cost, "cost")
     assert figure is not None
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == len(runs)
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    inside = axes.get_window_extent()
+    assert all(inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes)
 
 
 def test_the_report_needs_nothing_from_outside_and_escapes_names() -> None:

@@ -6,8 +6,10 @@ import mlflow
 import pytest
 
 from quantrack.settings import OnnxSettings
+from quantrack.tracking.baseline import BASELINE_TAG
 from quantrack.tracking.models import log_given_file
-from quantrack.tracking.reproduce import read_record
+from quantrack.tracking.read import read_json
+from quantrack.tracking.reproduce import log_reproduction, read_record
 from quantrack.tracking.run import tracked_run
 
 FILE = "data/small-w4a8-qcdq-ptq-opt.onnx"
@@ -29,6 +31,7 @@ def reproduced(reference: str, folder: Path) -> str:
     file.write_bytes(b"any")
     with tracked_run("evaluate", {"onnx": reference, "data_root": "demo"}) as run:
         log_given_file(reference, file)
+        mlflow.log_dict({}, "environment.json")
     client = mlflow.MlflowClient()
     client.set_registered_model_alias("watch", "champion", client.create_model_version("watch", str(folder)).version)
     settings = read_record(run.info.run_id, "", folder).settings
@@ -38,7 +41,9 @@ def reproduced(reference: str, folder: Path) -> str:
 
 @pytest.mark.usefixtures("versions")
 @pytest.mark.parametrize("path", ["", f"/{FILE}"])
-@pytest.mark.parametrize(("given", "version"), [("watch@champion", 2), ("watch/latest", 3), ("watch/1", 1)])
+@pytest.mark.parametrize(
+    ("given", "version"), [("watch@champion", 2), ("watch/latest", 3), ("watch/Latest", 3), ("watch/1", 1)]
+)
 def test_what_may_move_stands_for_what_it_was(given: str, version: int, path: str, tmp_path: Path) -> None:
     assert reproduced(f"models:/{given}{path}", tmp_path) == f"models:/watch/{version}{path}"
 
@@ -47,3 +52,25 @@ def test_what_may_move_stands_for_what_it_was(given: str, version: int, path: st
 @pytest.mark.parametrize("reference", ["runs:/0123/onnx", "a/file.onnx", "models:/m-0123"])
 def test_what_cannot_move_stays_as_it_is(reference: str, tmp_path: Path) -> None:
     assert reproduced(reference, tmp_path) == reference
+
+
+def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:
+    """The id of an `evaluate` run that was held against a baseline."""
+    with tracked_run("evaluate", {"onnx": "a/file.onnx", "data_root": "demo"}) as run:
+        mlflow.set_tag(BASELINE_TAG, baseline)
+        mlflow.log_dict({}, "environment.json")
+        mlflow.log_metrics({"mAP50-95": mean_precision, "mAP50-95_drop": drop, "mAP50-95_drop_ci_low": drop - 1})
+    return str(run.info.run_id)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("again", "differing"),
+    [(("one", 1.0), 0), (("one", 2.0), 2), (("another", 2.0), 0), (("another", 2.0, 0.3), 1)],
+)
+def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int, tmp_path: Path) -> None:
+    record = read_record(evaluated("one", 1.0), "", tmp_path)
+    with tracked_run("reproduce", {}) as run:
+        found = log_reproduction(record, evaluated(*again))
+    assert len(found) == differing
+    assert read_json(run.info.run_id, "reproduction.json")["equal"] == (differing == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from quantrack.evaluation.plots import new_figure
 
 ROW_INCHES = 0.2
 MOST_CLASSES = 40
+LABEL_HEIGHT, LABEL_WIDTH = 0.05, 0.3  # of the axes
 COLOUR_LIMIT = 15.0  # points; a larger change is as dark
 
 
@@ -64,9 +66,9 @@ def pareto_figure(group: Group, cost: str, label: str, theme: Theme = LIGHT) -> 
         low, high = _accuracy_interval(run)
         axes.errorbar(x, y, [[y - low], [high - y]], color=theme.quiet, linewidth=1, capsize=2, zorder=2)
         axes.scatter(x, y, s=46, color=theme.front if run in front else theme.accent, zorder=3)
-    _place_labels(axes, runs, cost, theme)
     axes.set(xlabel=label, ylabel="mAP50-95")
     axes.margins(x=0.12, y=0.08)
+    _place_labels(axes, runs, cost, theme)
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_title("Up and to the left is better", loc="left", fontweight="bold", color=theme.ink)
     axes.legend(frameon=False, labelcolor=theme.ink, loc="lower right", fontsize=8)
@@ -84,22 +86,22 @@ def _accuracy_interval(run: ComparedRun) -> tuple[float, float]:
 
 
 def _place_labels(axes: Axes, runs: Sequence[ComparedRun], cost: str, theme: Theme) -> None:
-    """Each label beside its point, moved up or down where it would lie on one that is placed."""
-    xs = [run.metrics[cost] for run in runs]
-    ys = [run.metrics[ACCURACY] for run in runs]
-    intervals = [_accuracy_interval(run) for run in runs]  # the axis reaches as far as they do
-    high = max(max(top for _, top in intervals) - min(bottom for bottom, _ in intervals), 1e-9)
-    wide = max(max(xs) - min(xs), 1e-9)
+    """Each label beside its point, moved down or up where it would lie on one that is placed, within the axes."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    wide, high = right - left, top - bottom
     placed: list[tuple[float, float]] = []
-    for run, x, y in sorted(zip(runs, xs, ys, strict=True), key=lambda item: -item[2]):
-        spot = y
-        while any(abs(spot - other) < 0.055 * high and abs(x - at) < 0.35 * wide for at, other in placed):
-            spot -= 0.02 * high
+    for run in sorted(runs, key=lambda run: -run.metrics[ACCURACY]):
+        x, y = run.metrics[cost], run.metrics[ACCURACY]
+        near = [spot for at, spot in placed if abs(x - at) < LABEL_WIDTH * wide]
+        steps = (sign * step * LABEL_HEIGHT / 2 * high for step in range(ceil(2 / LABEL_HEIGHT)) for sign in (-1, 1))
+        within = (y + step for step in steps if bottom + LABEL_HEIGHT / 2 * high <= y + step <= top)
+        free = (spot for spot in within if all(abs(spot - other) >= LABEL_HEIGHT * high for other in near))
+        spot = next(free, y)
         placed.append((x, spot))
-        right = x > (max(xs) + min(xs)) / 2
+        beyond = x > (left + right) / 2
         axes.annotate(
-            run.label, (x, y), (x + (-0.025 if right else 0.025) * wide, spot), fontsize=8, va="center",
-            ha="right" if right else "left", color=theme.ink,
+            run.label, (x, y), (x + (-0.02 if beyond else 0.02) * wide, spot), fontsize=8, va="center",
+            ha="right" if beyond else "left", color=theme.ink,
         )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 from quantrack.tracking.run_digest import SOFTWARE, log_run_digest, software_digest
 
 FLOAT_RECIPE = "float"
+BASELINE_TAG = "baseline_run_id"
 OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0}  # float32 held against itself
 
 
@@ -107,5 +108,10 @@ def find_or_measure_baseline(detector: Detector, evaluation_set: EvaluationSet, 
             name_run(f"baseline-fp32-{detector.name}")
             log_run_digest(settings, detector, evaluation_set, None)
             baseline, _ = measure_baseline(detector, evaluation_set, settings, None)
-    mlflow.set_tag("baseline_run_id", baseline.run_id)
+    log_baseline(baseline)
     return baseline
+
+
+def log_baseline(baseline: Baseline) -> None:
+    """Tag the active run with what it is held against."""
+    mlflow.set_tag(BASELINE_TAG, baseline.run_id)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
 from mlflow.entities import LoggedModel
 from mlflow.models import Model
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.errors import QuantrackError
@@ -20,6 +22,9 @@ from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
 from quantrack.tracking.read import current_run, find_run, has_artifact, one_line
 
+# of MLflow, which leaves them without types
+split_models_uri: Callable[[str], tuple[str, str]] = ModelsArtifactRepository.split_models_uri
+name_and_version: Callable[[mlflow.MlflowClient, str], tuple[str, ...]] = get_model_name_and_version
 VERSION_TAG = "onnx_version"  # of a run that was given a model by an alias or as the latest
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -83,20 +88,14 @@ def log_given_file(reference: str, path: Path) -> None:
 
 
 def of_a_version(reference: str) -> str:
-    """`models:/NAME/VERSION/PATH` for what an alias or `latest` stands for now; any other reference as it is."""
+    """`models:/NAME/VERSION/PATH` for what an alias, a stage or `latest` stands for now; others as they are."""
     if not reference.startswith("models:/"):
         return reference
-    name, _, path = reference.removeprefix("models:/").partition("/")
-    client = mlflow.MlflowClient()
-    registered, _, alias = name.rpartition("@")
-    if registered:
-        version = int(client.get_model_version_by_alias(registered, alias).version)
-    elif path.partition("/")[0] == "latest":
-        registered, path = name, path.partition("/")[2]
-        version = max(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
-    else:
+    model, path = split_models_uri(reference)
+    found = name_and_version(mlflow.MlflowClient(), model)
+    if len(found) == 1:  # a LoggedModel, which has no versions
         return reference
-    return f"models:/{registered}/{version}" + (f"/{path}" if path else "")
+    return "/".join(["models:", *found, *([path] if path else [])])
 
 
 @contextmanager
@@ -124,8 +123,9 @@ def _run_behind(reference: str) -> str | None:
     if not reference.startswith("models:/"):
         return None
     try:
-        return mlflow.models.get_model_info(reference).run_id
-    except mlflow.MlflowException:  # a file within a model, or a model that says nothing of its run
+        model, _ = split_models_uri(reference)  # of a file within it, too
+        return mlflow.models.get_model_info(model).run_id
+    except mlflow.MlflowException:  # a model that says nothing of its run
         return None
 
 

@@ -11,6 +11,7 @@ from quantrack.comparison.gates import CONTRACT, IDENTITY, Champion, MeasuredRun
 from quantrack.comparison.model_card import Measurement
 from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
+from quantrack.progress import say
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import models_of_run
 from quantrack.tracking.read import active_run_id, evaluation_name, find_run, read_json, require_run
@@ -32,7 +33,7 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
     if parent.data.tags.get("entry_point") in QUANTIZING:  # nested in a training is its start, which nobody asked for
         raise QuantrackError(f"from={parent_id}: is itself a ptq or qat run; give it as run_id")
     if COMPARED in parent.data.tags:
-        runs = [require_run(one.strip(), "from") for one in parent.data.tags[COMPARED].split(",") if one.strip()]
+        runs = _those_left(parent.data.tags[COMPARED])
     else:
         runs = mlflow.search_runs(
             experiment_ids=[parent.info.experiment_id],
@@ -45,6 +46,14 @@ def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
             f"from={parent_id}: no finished ptq or qat run among its runs; give a compare run, or run_id"
         )
     return tuple(_measured(run) for run in wanted)
+
+
+def _those_left(compared: str) -> list[Run]:
+    """The compared runs that were not deleted since."""
+    found = {run_id: find_run(run_id) for each in compared.split(",") if (run_id := each.strip())}
+    for run_id in (run_id for run_id, run in found.items() if run is None):
+        say(f"run {run_id} was compared, and is deleted now; going on without it")
+    return [run for run in found.values() if run is not None]
 
 
 def _measured(run: Run) -> MeasuredRun:

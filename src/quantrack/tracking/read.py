@@ -34,11 +34,6 @@ def current_run() -> Run:
     return mlflow.get_run(active_run_id())
 
 
-def newest_finished(tags: Mapping[str, str]) -> Run | None:
-    """The newest finished run with these tags in the active run's experiment."""
-    return next(iter(finished_runs(tags, 1)), None)
-
-
 def finished_runs(tags: Mapping[str, str], most: int = 100) -> list[Run]:
     """The newest finished runs with these tags in the active run's experiment, the newest first, at most so many."""
     clauses = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]

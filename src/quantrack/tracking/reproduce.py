@@ -11,10 +11,13 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
+from quantrack.comparison.runs import ACCURACY
 from quantrack.errors import QuantrackError
 from quantrack.files import file_digest
+from quantrack.progress import say
 from quantrack.quantization.recipe import RECIPES, Recipe
 from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, QatSettings, SharedSettings, parse_settings
+from quantrack.tracking.baseline import BASELINE_TAG
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import VERSION_TAG, fetch
 from quantrack.tracking.read import read_json, require_run
@@ -43,11 +46,13 @@ TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|busy_cores|node
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run, and the settings that it ran with."""
+    """A finished run, the settings that it ran with, what came of it and on what."""
 
     run: Run
     entry_point: str
     settings: SharedSettings
+    facts: Mapping[str, str]
+    environment: Mapping[str, object]
 
 
 def read_record(run_id: str, data_root: str, folder: Path) -> Record:
@@ -74,7 +79,7 @@ def read_record(run_id: str, data_root: str, folder: Path) -> Record:
     if VERSION_TAG in run.data.tags:  # what an alias stood for then
         texts["onnx"] = run.data.tags[VERSION_TAG]
     texts |= {"data_root": data_root} if data_root else {}
-    return Record(run, entry, parse_settings(SETTINGS[entry], texts))
+    return Record(run, entry, parse_settings(SETTINGS[entry], texts), facts(run), _environment(run))
 
 
 def _from_the_same_start(run: Run, texts: Mapping[str, str]) -> dict[str, str]:
@@ -136,14 +141,17 @@ def _file_digests(run_id: str) -> dict[str, str]:
 def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     """`reproduction.json`: what differs and on what both ran; the number of differences as a metric."""
     again = require_run(again_id, "again")
-    before, now = facts(record.run), facts(again)
+    before, now = dict(record.facts), facts(again)
     if ONNX_DIGEST not in before:  # a record of before it was logged
         now.pop(ONNX_DIGEST, None)
+    if record.entry_point == "evaluate" and record.run.data.tags.get(BASELINE_TAG) != again.data.tags.get(BASELINE_TAG):
+        before, now = (_without_drops(each) for each in (before, now))
+        say("held against another float32 baseline than then, so drops are not compared")
     found = differences(before, now)
     context: dict[str, object] = {
         name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT
     }
-    recorded = {"before": _environment(record.run), "now": _environment(again)}
+    recorded = {"before": record.environment, "now": _environment(again)}
     for name in ENVIRONMENT:
         context[name] = {when: of.get(name) for when, of in recorded.items()}
     log_json(
@@ -160,6 +168,10 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     mlflow.log_metrics({"differences": float(len(found))})
     mlflow.set_tags({"reproduced_run_id": record.run.info.run_id, "again_run_id": again_id})
     return found
+
+
+def _without_drops(facts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in facts.items() if not name.startswith(f"{ACCURACY}_drop")}
 
 
 def _environment(run: Run) -> Mapping[str, object]:

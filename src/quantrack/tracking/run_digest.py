@@ -11,12 +11,13 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
 from quantrack.files import code_digests, combined_digest
+from quantrack.progress import say
 from quantrack.runtime.session import resolve_provider
 from quantrack.schemes import parse_mode
 from quantrack.settings import PtqSettings, SharedSettings, setting_texts
 from quantrack.tracking.environment import cpu_name, device_name, installed_versions
 from quantrack.tracking.models import fetch_plan
-from quantrack.tracking.read import newest_finished
+from quantrack.tracking.read import finished_runs, has_artifact
 
 RUN_DIGEST, SOFTWARE = "run_digest", "software_digest"
 ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
@@ -61,5 +62,9 @@ def log_run_digest(
 
 
 def find_finished(digest: str) -> Run | None:
-    """The newest finished run with this digest in the active run's experiment."""
-    return newest_finished({RUN_DIGEST: digest})
+    """The newest finished run with this digest in the active run's experiment whose files are still there."""
+    for run in finished_runs({RUN_DIGEST: digest}):
+        if has_artifact(run.info.run_id, "onnx"):
+            return run
+        say(f"what run {run.info.run_id} has logged is gone; not using it")
+    return None

@@ -70,7 +70,8 @@ def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:
 )
 def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int, tmp_path: Path) -> None:
     record = read_record(evaluated("one", 1.0), "", tmp_path)
+    again_id = evaluated(*again)
     with tracked_run("reproduce", {}) as run:
-        found = log_reproduction(record, evaluated(*again))
+        found = log_reproduction(record, again_id)
     assert len(found) == differing
     assert read_json(run.info.run_id, "reproduction.json")["equal"] == (differing == 0)

@@ -24,7 +24,7 @@ from quantrack.tracking.read import current_run, find_run, has_artifact, one_lin
 
 # of MLflow, which leaves them without types
 split_models_uri: Callable[[str], tuple[str, str]] = ModelsArtifactRepository.split_models_uri
-name_and_version: Callable[[mlflow.MlflowClient, str], tuple[str, ...]] = get_model_name_and_version
+name_and_version: Callable[[mlflow.MlflowClient, str], tuple[str | int, ...]] = get_model_name_and_version
 VERSION_TAG = "onnx_version"  # of a run that was given a model by an alias or as the latest
 NOT_IN_NAMES = re.compile(r"[/:.%\"'\s]+")  # MLflow refuses them in the name of a LoggedModel
 
@@ -95,7 +95,7 @@ def of_a_version(reference: str) -> str:
     found = name_and_version(mlflow.MlflowClient(), model)
     if len(found) == 1:  # a LoggedModel, which has no versions
         return reference
-    return "/".join(["models:", *found, *([path] if path else [])])
+    return "/".join(["models:", *map(str, found), *([path] if path else [])])
 
 
 @contextmanager

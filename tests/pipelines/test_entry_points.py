@@ -122,6 +122,8 @@ def test_evaluate_a_logged_file_gives_the_same_accuracy(ptq_run: Run, shared_sto
     ):
         assert scored.data.metrics[name] == pytest.approx(ptq_run.data.metrics[name]), name
     assert "parity_mean_abs" not in scored.data.metrics
+    assert scored.data.tags["baseline_run_id"] == ptq_run.data.tags["baseline_run_id"]
+    assert f"mAP50-95 {scored.data.metrics['mAP50-95']:.4f}, " in done.stderr
 
 
 def test_evaluate_refuses_another_input_size(ptq_run: Run, shared_store: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import mlflow
 
+from quantrack.progress import say
+
 ROWS = (
     ("mAP50-95", "mAP50-95", "{:.4f}"),
     ("mAP50", "mAP50", "{:.4f}"),
@@ -14,6 +16,7 @@ ROWS = (
     ("mAP50-95_drop_ci_high", "drop, upper end of its 95 % interval", "{:.2f}"),
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
     ("latency_ms_p50", "median latency (ms)", "{:.1f}"),
+    ("latency_ratio", "latency, times float32's in turns", "{:.2f}"),
     ("onnx_mb", "file (MB)", "{:.2f}"),
     ("parity_mean_abs", "mean difference to the reference", "{:.2e}"),
 )
@@ -27,8 +30,30 @@ def summary_text(title: str, measured_on: Mapping[str, str], metrics: Mapping[st
     return "\n".join(lines) + "\n"
 
 
+def headline(title: str, metrics: Mapping[str, float]) -> str:
+    """The result in one line; what was not measured is left out.
+
+    >>> headline("yolov10n w4a8", {"mAP50-95": 0.46, "mAP50-95_drop": 0.68, "latency_ms_p50": 26.84, "onnx_mb": 2.772})
+    'yolov10n w4a8: mAP50-95 0.4600, 0.68 points below float32, 26.8 ms, 2.77 MB'
+    """
+    known = dict(metrics)
+    if known.get("mAP50-95_drop") == 0 and known.get("latency_ratio") == 1:  # float32 itself
+        del known["mAP50-95_drop"], known["latency_ratio"]
+    parts = [f"mAP50-95 {known['mAP50-95']:.4f}"] if "mAP50-95" in known else []
+    if "mAP50-95_drop" in known:
+        ends = [known[end] for end in ("mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high") if end in known]
+        interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if len(ends) == 2 else ""
+        parts.append(f"{known['mAP50-95_drop']:.2f} points below float32{interval}")
+    if "latency_ms_p50" in known:
+        ratio = f" ({known['latency_ratio']:.2f} x float32)" if "latency_ratio" in known else ""
+        parts.append(f"{known['latency_ms_p50']:.1f} ms{ratio}")
+    parts += [f"{known['onnx_mb']:.2f} MB"] if "onnx_mb" in known else []
+    return f"{title}: {', '.join(parts)}"
+
+
 def log_summary(title: str, measured_on: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Log the summary as an artifact and as the run's description."""
+    """Log the summary as an artifact and as the run's description, and tell the user its main line."""
     text = summary_text(title, measured_on, metrics)
     mlflow.log_text(text, "summary.md")
     mlflow.set_tag("mlflow.note.content", text)
+    say(headline(title, metrics))

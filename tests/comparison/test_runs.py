@@ -84,6 +84,8 @@ def test_a_trade_off_is_best_if_nothing_is_as_accurate_and_cheaper() -> None:
     assert [one.mode for one in pareto_front(RUNS, LATENCY)] == ["fp32"]
     (group,) = comparable_groups(RUNS)
     assert marks(group)[FLOAT.run_id] == ("best for latency", "best for size")
+    twin = replace(FLOAT, run_id="twin")
+    assert pareto_front((*RUNS, twin), LATENCY) == (FLOAT, twin)  # neither beats the other
     unmeasured = replace(FLOAT, metrics={"mAP50-95": 0.9})
     assert pareto_front((unmeasured,), SIZE) == ()
 
@@ -101,6 +103,8 @@ def test_figures_are_drawn_only_from_what_is_there() -> None:
     (alone,) = comparable_groups((FLOAT,))
     assert pareto_figure(alone, SIZE, "MB") is None
     assert class_drop_figure(alone) is None
+    (without,) = comparable_groups(tuple(replace(one, classes=()) for one in RUNS))
+    assert class_drop_figure(without) is None
     assert ranges_figure(alone) is None
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from quantrack.evaluation.plots import per_class_ap_figure, precision_recall_figure
+from quantrack.evaluation.plots import per_class_ap_figure, placement_figure, precision_recall_figure
 from quantrack.evaluation.types import ClassResult, CocoResult
+from quantrack.runtime.placement import OperatorUse, Placement
 
 
 def coco_result(classes: int) -> CocoResult:
@@ -63,3 +64,15 @@ def test_no_global_figures_are_left() -> None:
 
     precision_recall_figure(coco_result(2), "a")
     assert plt.get_fignums() == []
+
+
+def test_an_operator_on_two_providers_has_two_bars() -> None:
+    uses = (
+        OperatorUse("Conv", "CUDAExecutionProvider", 3, 3, 2.0),
+        OperatorUse("Conv", "CPUExecutionProvider", 3, 3, 1.0),
+        OperatorUse("Add", "CPUExecutionProvider", 1, 1, 0.5),
+    )
+    (axes,) = placement_figure(Placement(uses)).axes
+    widths = {bar.get_y(): bar.get_width() for bar in axes.patches if bar.get_width()}
+    assert list(widths.values()) == [0.5, 1.0, 2.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Add x 1", "Conv x 3", "Conv x 3"]

@@ -114,6 +114,8 @@ def class_drop_figure(group: Group, theme: Theme = LIGHT) -> Figure | None:
     if not columns:
         return None
     classes = _largest_classes(columns)
+    if not classes:
+        return None
     drops = np.array([[_class_drop(group, run, name) for run in columns] for name, _ in classes])
     figure, axes = _figure(1.9 + 0.95 * max(len(columns), 3), 1.6 + ROW_INCHES * max(len(classes), 3), theme)
     scale = LinearSegmentedColormap.from_list("drop", [theme.better, theme.paper, theme.worse])

@@ -170,6 +170,8 @@ def pareto_front(runs: Sequence[ComparedRun], cost: str) -> tuple[ComparedRun, .
     ordered = sorted(measured, key=lambda run: (run.metrics[cost], -run.metrics[ACCURACY]))
     front: list[ComparedRun] = []
     for run in ordered:
-        if not front or run.metrics[ACCURACY] > front[-1].metrics[ACCURACY]:
+        last = front[-1].metrics if front else None
+        alike = last is not None and (run.metrics[cost], run.metrics[ACCURACY]) == (last[cost], last[ACCURACY])
+        if last is None or alike or run.metrics[ACCURACY] > last[ACCURACY]:
             front.append(run)
     return tuple(front)

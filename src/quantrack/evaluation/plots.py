@@ -99,10 +99,11 @@ def placement_figure(placement: Placement) -> Figure:
     providers = sorted({use.provider for use in placement.uses})
     colours = dict(zip(providers, (DARK, ACCENT, GREY), strict=False))
     figure, axes = new_figure(6.4, 1.2 + BAR_INCHES * 1.4 * len(shown))
-    labels = [f"{use.operator} x {use.nodes}" for use in shown]
-    axes.barh(labels, [use.milliseconds for use in shown], BAR_HEIGHT, color=[colours[use.provider] for use in shown])
+    places = range(len(shown))  # not labels: one operator may run as often on each of two providers
+    axes.barh(places, [use.milliseconds for use in shown], BAR_HEIGHT, color=[colours[use.provider] for use in shown])
+    axes.set_yticks(places, [f"{use.operator} x {use.nodes}" for use in shown])
     for provider in providers:
-        axes.barh([labels[0]], [0], color=colours[provider], label=provider)
+        axes.barh([0], [0], color=colours[provider], label=provider)
     axes.set(xlabel="milliseconds a picture, with the profiler on")
     axes.set_title("time by operator", loc="left", fontweight="bold")
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)

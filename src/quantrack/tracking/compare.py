@@ -21,7 +21,7 @@ from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
 from quantrack.schemes import SCHEMES, variant_words
 from quantrack.tracking.environment import git_commit, installed_versions
-from quantrack.tracking.log import log_table
+from quantrack.tracking.log import log_description, log_table
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
 from quantrack.tracking.resample import resampled_runs
 
@@ -108,7 +108,7 @@ def log_comparison(groups: Sequence[Group], title: str) -> None:
     log_table(difference_columns(groups), "differences.json")
     text = summary_markdown(groups, title)
     mlflow.log_text(text, "summary.md")
-    mlflow.set_tag("mlflow.note.content", text)
+    log_description(text, "summary.md")
     mlflow.log_text(report_html(groups, title, _made()), "report.html")
     for number, group in enumerate(groups, 1):
         suffix = f"_group{number}" if len(groups) > 1 else ""

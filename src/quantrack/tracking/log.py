@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
@@ -178,6 +179,25 @@ def log_provider(provider: str) -> None:
     """Which provider ran on which processor, and the versions."""
     mlflow.set_tags({"provider": provider, "device_name": device_name(provider)})
     log_json(environment_record(provider), "environment.json")
+
+
+def log_description(text: str, artifact: str) -> None:
+    """The active run's description, at most as long as MLflow keeps it; the artifact of that name has all."""
+    mlflow.set_tag("mlflow.note.content", fitting(text, artifact, MAX_TAG_VAL_LENGTH))
+
+
+def fitting(text: str, artifact: str, most: int) -> str:
+    """A text that is too long, cut after a line, with a word on where the rest is.
+
+    >>> print(fitting(9 * "| row |\\n", "all.md", 30))
+    | row |
+    <BLANKLINE>
+    (The rest: all.md.)
+    """
+    if len(text) <= most:
+        return text
+    rest = f"\n\n(The rest: {artifact}.)"
+    return text[: most - len(rest)].rpartition("\n")[0] + rest
 
 
 def log_samples(

@@ -12,7 +12,7 @@ from quantrack.comparison.model_card import Measurement
 from quantrack.comparison.runs import COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.progress import say
-from quantrack.tracking.log import log_json
+from quantrack.tracking.log import log_description, log_json
 from quantrack.tracking.models import models_of_run
 from quantrack.tracking.read import active_run_id, evaluation_name, find_run, read_json, require_run
 from quantrack.tracking.registry import Move
@@ -121,7 +121,7 @@ def log_verdicts(verdicts: Sequence[Verdict], champion: Champion | None, off: Se
             lines.append(
                 f"| {verdict.run.label} | {gate.gate} | {_cell(gate.value)} | {_cell(gate.limit)} | {outcome} |"
             )
-    mlflow.set_tag("mlflow.note.content", "\n".join(lines))
+    log_description("\n".join(lines), "gates.json")
 
 
 def _cell(value: float | str | None) -> str:

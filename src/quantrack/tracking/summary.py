@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import mlflow
 
 from quantrack.progress import say
+from quantrack.tracking.log import log_description
 
 ROWS = (
     ("mAP50-95", "mAP50-95", "{:.4f}"),
@@ -55,5 +56,5 @@ def log_summary(title: str, measured_on: Mapping[str, str], metrics: Mapping[str
     """Log the summary as an artifact and as the run's description, and tell the user its main line."""
     text = summary_text(title, measured_on, metrics)
     mlflow.log_text(text, "summary.md")
-    mlflow.set_tag("mlflow.note.content", text)
+    log_description(text, "summary.md")
     say(headline(title, metrics))

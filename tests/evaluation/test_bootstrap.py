@@ -48,6 +48,14 @@ def repeated(case: EvaluationSet, detections: Detections, times: list[int]) -> t
     return replace(case, pictures=tuple(pictures), boxes=tuple(boxes)), found
 
 
+@pytest.mark.parametrize(("pictures", "known"), [(1, False), (4, False), (5, True)])
+def test_few_pictures_have_no_interval(pictures: int, known: bool) -> None:
+    """Of one every resample is the same, so its interval would be a point."""
+    case, detections = random_case(3, pictures)
+    metrics = paired_drop_interval(case, detections, coarse(detections, 2), BootstrapSettings(20)).metrics()
+    assert bool(metrics) == known
+
+
 def expected_ap(case: EvaluationSet, detections: Detections, times: list[int]) -> float:
     """pycocotools' own word; no metric, as 0, where no truth was drawn."""
     return evaluate_coco(*repeated(case, detections, times)).metrics.get("mAP50-95", 0.0)

@@ -24,6 +24,7 @@ from quantrack.progress import track
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
+LEAST_PICTURES = 5  # resamples of fewer are so alike that an interval would look sure; of one they are all the same
 Record = Mapping[str, ArrayLike]  # what pycocotools keeps of one picture and class
 
 
@@ -61,9 +62,10 @@ class DropInterval:
     resamples: int
     pictures: int
 
-    def metrics(self) -> dict[str, float]:
-        """Under the names that all entry points share."""
-        return {"mAP50-95_drop_ci_low": self.low, "mAP50-95_drop_ci_high": self.high}
+    def metrics(self, quantity: str = "drop") -> dict[str, float]:
+        """Under the names that all entry points share; nothing where there are too few pictures for an interval."""
+        ends = {f"mAP50-95_{quantity}_ci_low": self.low, f"mAP50-95_{quantity}_ci_high": self.high}
+        return ends if self.pictures >= LEAST_PICTURES else {}
 
 
 def paired_drop_interval(

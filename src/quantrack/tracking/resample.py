@@ -9,7 +9,7 @@ from dataclasses import replace
 from quantrack.comparison.runs import ComparedRun
 from quantrack.datasets.coco import EvaluationSet, load_evaluation_set
 from quantrack.errors import QuantrackError
-from quantrack.evaluation.bootstrap import BootstrapSettings, resampled_map
+from quantrack.evaluation.bootstrap import LEAST_PICTURES, BootstrapSettings, resampled_map
 from quantrack.evaluation.coco_metrics import detections_from_json
 from quantrack.progress import say
 from quantrack.settings import BaselineSettings, parse_settings
@@ -33,7 +33,7 @@ def resampled_runs(runs: Sequence[ComparedRun]) -> tuple[ComparedRun, ...]:
 
 
 def _resampled(run: ComparedRun, evaluation_set: EvaluationSet | None) -> ComparedRun:
-    if evaluation_set is None:
+    if evaluation_set is None or len(evaluation_set.pictures) < LEAST_PICTURES:
         return run
     detections = detections_from_json(read_json(run.run_id, DETECTIONS))
     return replace(run, resampled=resampled_map(evaluation_set, detections, BootstrapSettings()))

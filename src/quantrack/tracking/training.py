@@ -212,7 +212,7 @@ def log_gain(start: Start, proof: Proof, evaluation_set: EvaluationSet) -> None:
     interval = paired_drop_interval(evaluation_set, proof.detections, detections)
     gain = drop_points(proof.coco.metrics[ACCURACY], before[ACCURACY])  # what the start lacks
     metrics = {f"{ACCURACY}_ptq": before[ACCURACY], f"{ACCURACY}_gain": gain}
-    metrics |= {f"{ACCURACY}_gain_ci_low": interval.low, f"{ACCURACY}_gain_ci_high": interval.high}
+    metrics |= interval.metrics("gain")
     if before.get(f"{ACCURACY}_drop", 0.0) > 0:
         metrics["recovered_share"] = gain / before[f"{ACCURACY}_drop"]
     mlflow.log_metrics(metrics)

@@ -144,14 +144,15 @@ def write(name: str, run: Run, rows: list[dict[str, object]]) -> str:
     provider = run.data.tags["provider"]
     context = {
         "hardware": device_name(provider), "cpu": cpu_name(), "provider": provider, "versions": installed_versions(),
-        "evaluation_digest": run.data.tags["evaluation_digest"],
+        "evaluation_digest": run.data.tags["evaluation_digest"], "latency_runs": run.data.params["latency_runs"],
     }  # fmt: skip
     base = ROOT / f"benchmarks/results/runtime-{name}"
     base.with_suffix(".json").write_text(json.dumps(context | {"runs": rows}, indent=2) + "\n")
     lines = table(rows, "session", "metrics", COLUMNS)
     if "tuned" in rows[0]:
         lines += ["", *table(rows, "tuned_session", "tuned", TUNED_COLUMNS)]
-    lines += ["", f"{rows[-1]['date']}, {context['hardware']}, ONNX Runtime {provider}."]
+    where = f"{context['hardware']}, ONNX Runtime {provider}, {context['latency_runs']} timed runs each"
+    lines += ["", f"{rows[-1]['date']}, {where}."]
     text = "\n".join(lines) + "\n"
     base.with_suffix(".md").write_text(text)
     return text

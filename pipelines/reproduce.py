@@ -35,7 +35,7 @@ def reproduce(settings: ReproduceSettings) -> None:
         listed = "; ".join(difference.text for difference in found[:5])
         more = f"; and {len(found) - 5} more in reproduction.json" if len(found) > 5 else ""
         raise QuantrackError(f"run {settings.run_id} was not reproduced: {listed}{more}")
-    say(f"run {settings.run_id} is reproduced: metrics, digests and files are equal")
+    say(f"run {settings.run_id} is reproduced: all that was compared (reproduction.json) is equal")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def new_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar to be moved by hand; quiet where standard error is not a terminal."""
     # what goes to a file or another program must not be taken to the bar's terminal
-    mixed = sys.stdout.isatty()
+    mixed = sys.stdout is not None and sys.stdout.isatty()  # None where it is closed
     return Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal, redirect_stdout=mixed)
 
 

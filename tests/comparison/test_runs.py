@@ -122,7 +122,7 @@ def test_labels_of_runs_as_good_lie_apart(cost: str) -> None:
     assert_labels_lie_apart(runs, cost)
 
 
-@pytest.mark.parametrize("count", [2, 15])
+@pytest.mark.parametrize("count", [2, 18])
 def test_labels_of_equal_runs_lie_apart(count: int) -> None:
     """Without intervals, as files that were evaluated without a baseline have none."""
     assert_labels_lie_apart(tuple(run(f"w{number}a8", 0.45, 20.0, 2.7) for number in range(count)), SIZE)

@@ -96,6 +96,7 @@ def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> 
         onnx = f"models:/scored@champion{path}"
         done = run_pipeline(shared_store, "benchmark", "--onnx", onnx, "--latency-runs", "2")
         assert done.returncode == 0, done.stderr
+        assert "latency_ratio" in newest_run(shared_store, "benchmark").data.metrics  # its run's float32 file was found
     tags = newest_run(shared_store, "benchmark").data.tags  # the alias may move
     assert tags["onnx_version"] == f"models:/scored/1/data/{FILE}"
     with tempfile.TemporaryDirectory() as folder:

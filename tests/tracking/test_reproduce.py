@@ -6,9 +6,8 @@ import mlflow
 import pytest
 
 from quantrack.settings import OnnxSettings
-from quantrack.tracking.baseline import BASELINE_TAG
 from quantrack.tracking.models import log_given_file
-from quantrack.tracking.read import read_json
+from quantrack.tracking.read import BASELINE_TAG, read_json
 from quantrack.tracking.reproduce import log_reproduction, read_record
 from quantrack.tracking.run import tracked_run
 
@@ -57,7 +56,7 @@ def test_what_cannot_move_stays_as_it_is(reference: str, tmp_path: Path) -> None
 def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:
     """The id of an `evaluate` run that was held against a baseline."""
     with tracked_run("evaluate", {"onnx": "a/file.onnx", "data_root": "demo"}) as run:
-        mlflow.set_tag(BASELINE_TAG, baseline)
+        mlflow.set_tags({BASELINE_TAG: baseline} if baseline else {})
         mlflow.log_dict({}, "environment.json")
         mlflow.log_metrics({"mAP50-95": mean_precision, "mAP50-95_drop": drop, "mAP50-95_drop_ci_low": drop - 1})
     return str(run.info.run_id)
@@ -66,7 +65,7 @@ def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("again", "differing"),
-    [(("one", 1.0), 0), (("one", 2.0), 2), (("another", 2.0), 0), (("another", 2.0, 0.3), 1)],
+    [(("one", 1.0), 0), (("one", 2.0), 2), (("another", 2.0), 0), (("another", 2.0, 0.3), 1), (("", 2.0), 0)],
 )
 def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int, tmp_path: Path) -> None:
     record = read_record(evaluated("one", 1.0), "", tmp_path)
@@ -74,4 +73,6 @@ def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int,
     with tracked_run("reproduce", {}) as run:
         found = log_reproduction(record, again_id)
     assert len(found) == differing
-    assert read_json(run.info.run_id, "reproduction.json")["equal"] == (differing == 0)
+    said = read_json(run.info.run_id, "reproduction.json")
+    assert said["equal"] == (differing == 0)
+    assert said["not_compared"] == ([] if again[0] == "one" else ["mAP50-95_drop", "mAP50-95_drop_ci_low"])

@@ -26,9 +26,11 @@ def resample_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return mlflow.create_experiment("resample", artifact_location=(folder / "artifacts").as_uri())
 
 
-def recorded(store: str, digest: str, mode: str, data_root: str, detections: bool = True) -> ComparedRun:
+def recorded(
+    store: str, digest: str, mode: str, data_root: str, detections: bool = True, pictures: int = PICTURES
+) -> ComparedRun:
     with mlflow.start_run(experiment_id=store) as run:
-        mlflow.log_params({"data_root": data_root, "eval_images": PICTURES})
+        mlflow.log_params({"data_root": data_root, "eval_images": pictures})
         if detections:
             mlflow.log_text(json.dumps([ROW]), "detections.json")
     here = Circumstances("demo-8", digest, "one2one", "640", "cpu", "a processor")
@@ -42,6 +44,12 @@ def test_runs_on_the_same_pictures_are_resampled_alike(resample_store: str, dige
     assert second.resampled is not None
     assert first.resampled.shape == (1000,)
     assert (first.resampled == second.resampled).all()
+
+
+def test_few_pictures_are_not_resampled(resample_store: str) -> None:
+    digest = load_evaluation_set(demo_folder(), 4).digest
+    runs = [recorded(resample_store, digest, mode, "demo", pictures=4) for mode in ("fp32", "w4a8")]
+    assert all(run.resampled is None for run in resampled_runs(runs))
 
 
 def test_a_run_alone_or_without_detections_is_left_as_it_is(resample_store: str, digest: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantrack.tracking.summary import headline
+from quantrack.tracking.summary import headline, summary_text
 
 WHOLE = {
     "mAP50-95": 0.45998, "mAP50-95_drop": 0.677, "mAP50-95_drop_ci_low": -0.05, "mAP50-95_drop_ci_high": 2.05,
@@ -27,3 +27,5 @@ def test_what_was_not_measured_is_left_out(left_out: tuple[str, ...], line: str)
 def test_float32_is_not_held_against_itself() -> None:
     itself = {"mAP50-95": 0.4667, "mAP50-95_drop": 0.0, "latency_ms_p50": 19.4, "latency_ratio": 1.0, "onnx_mb": 9.41}
     assert headline("fp32", itself) == "fp32: mAP50-95 0.4667, 19.4 ms, 9.41 MB"
+    assert "float32" not in summary_text("fp32", {}, itself)
+    assert "times float32" in summary_text("fp16", {}, itself | {"latency_ratio": 1.04})

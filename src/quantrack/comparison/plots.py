@@ -89,12 +89,13 @@ def _place_labels(axes: Axes, runs: Sequence[ComparedRun], cost: str, theme: The
     """Each label beside its point, moved down or up where it would lie on one that is placed, within the axes."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     wide, high = right - left, top - bottom
+    half = LABEL_HEIGHT / 2 * high
     placed: list[tuple[float, float]] = []
     for run in sorted(runs, key=lambda run: -run.metrics[ACCURACY]):
         x, y = run.metrics[cost], run.metrics[ACCURACY]
         near = [spot for at, spot in placed if abs(x - at) < LABEL_WIDTH * wide]
-        steps = (sign * step * LABEL_HEIGHT / 2 * high for step in range(ceil(2 / LABEL_HEIGHT)) for sign in (-1, 1))
-        within = (y + step for step in steps if bottom + LABEL_HEIGHT / 2 * high <= y + step <= top)
+        steps = (sign * step * half for step in range(ceil(2 / LABEL_HEIGHT)) for sign in (-1, 1))
+        within = (y + step for step in steps if bottom + half <= y + step <= top - half)
         free = (spot for spot in within if all(abs(spot - other) >= LABEL_HEIGHT * high for other in near))
         spot = next(free, y)
         placed.append((x, spot))

@@ -26,13 +26,12 @@ from quantrack.settings import BaselineSettings, setting_texts
 from quantrack.tracking.environment import device_name
 from quantrack.tracking.log import log_inputs, log_samples
 from quantrack.tracking.models import fetch_onnx
-from quantrack.tracking.read import active_run_id, finished_runs, has_artifact, read_json
+from quantrack.tracking.read import BASELINE_TAG, active_run_id, finished_runs, has_artifact, read_json
 from quantrack.tracking.result import comparison_key, detector_facts, log_result
 from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 from quantrack.tracking.run_digest import SOFTWARE, log_run_digest, software_digest
 
 FLOAT_RECIPE = "float"
-BASELINE_TAG = "baseline_run_id"
 OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0}  # float32 held against itself
 
 

@@ -197,7 +197,8 @@ def fitting(text: str, artifact: str, most: int) -> str:
     if len(text) <= most:
         return text
     rest = f"\n\n(The rest: {artifact}.)"
-    return text[: most - len(rest)].rpartition("\n")[0] + rest
+    head = text[: most - len(rest)]
+    return (head[: head.rfind("\n")] if "\n" in head else head) + rest
 
 
 def log_samples(

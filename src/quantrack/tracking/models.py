@@ -20,7 +20,7 @@ from quantrack.files import file_digest
 from quantrack.quantization.bit_plan import BitPlan, read_plan
 from quantrack.tracking import detector_flavor
 from quantrack.tracking.log import evaluation_dataset
-from quantrack.tracking.read import current_run, find_run, has_artifact, one_line
+from quantrack.tracking.read import BASELINE_TAG, current_run, find_run, has_artifact, one_line
 
 # of MLflow, which leaves them without types
 split_models_uri: Callable[[str], tuple[str, str]] = ModelsArtifactRepository.split_models_uri
@@ -112,7 +112,7 @@ def float_file_of(reference: str) -> str:
     """Where the float32 baseline of the run behind `runs:/...` or `models:/...` lies; empty if nowhere."""
     run_id = _run_behind(reference)
     run = find_run(run_id) if run_id else None
-    baseline = run.data.tags.get("baseline_run_id", "") if run else ""
+    baseline = run.data.tags.get(BASELINE_TAG, "") if run else ""
     there = baseline and find_run(baseline) and has_artifact(baseline, "onnx")
     return f"runs:/{baseline}/onnx" if there else ""
 

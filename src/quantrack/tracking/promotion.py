@@ -14,11 +14,11 @@ from quantrack.errors import QuantrackError
 from quantrack.progress import say
 from quantrack.tracking.log import log_description, log_json
 from quantrack.tracking.models import models_of_run
-from quantrack.tracking.read import active_run_id, evaluation_name, find_run, read_json, require_run
+from quantrack.tracking.read import BASELINE_TAG, active_run_id, evaluation_name, find_run, read_json, require_run
 from quantrack.tracking.registry import Move
 
 QUANTIZING = ("ptq", "qat")  # entry points whose runs hold a quantized model
-VERSION_TAGS = (*IDENTITY, "git_commit", "baseline_run_id")
+VERSION_TAGS = (*IDENTITY, "git_commit", BASELINE_TAG)
 
 
 def read_candidates(run_id: str, parent_id: str) -> tuple[MeasuredRun, ...]:
@@ -57,7 +57,7 @@ def _those_left(compared: str) -> list[Run]:
 
 
 def _measured(run: Run) -> MeasuredRun:
-    baseline_id = run.data.tags.get("baseline_run_id")
+    baseline_id = run.data.tags.get(BASELINE_TAG)
     baseline = find_run(baseline_id) if baseline_id else None
     models = models_of_run(run.info.experiment_id, run.info.run_id)
     ready = tuple(model.model_id for model in models if str(model.status) == "READY")

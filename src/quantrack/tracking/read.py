@@ -12,6 +12,7 @@ from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
 
+BASELINE_TAG = "baseline_run_id"  # of a run that was held against a float32 one
 MOST_SAID = 300  # characters of somebody else's message
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
 CREDENTIALS = re.compile(r"://(?:[^/\s@:]+:[^\s@]*|[^/\s@]+)@")

@@ -17,10 +17,9 @@ from quantrack.files import file_digest
 from quantrack.progress import say
 from quantrack.quantization.recipe import RECIPES, Recipe
 from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, QatSettings, SharedSettings, parse_settings
-from quantrack.tracking.baseline import BASELINE_TAG
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import VERSION_TAG, fetch
-from quantrack.tracking.read import read_json, require_run
+from quantrack.tracking.read import BASELINE_TAG, read_json, require_run
 from quantrack.tracking.training import START_TAG
 
 SETTINGS: dict[str, type[SharedSettings]] = {
@@ -38,7 +37,7 @@ DIGESTS = (
     "validation_digest",
     ONNX_DIGEST,
 )
-CONTEXT = ("git_commit", "device_name", "provider")  # tags
+CONTEXT = ("git_commit", "device_name", "provider", BASELINE_TAG)  # tags
 ENVIRONMENT = ("versions", "torch_threads")  # of environment.json
 # What depends on the clock, on the machine's load or on what an earlier run has left behind.
 TIMINGS = re.compile(r"latency|seconds|steps_from_cache|peak_rss|busy_cores|nodes_on_")
@@ -144,9 +143,11 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     before, now = dict(record.facts), facts(again)
     if ONNX_DIGEST not in before:  # a record of before it was logged
         now.pop(ONNX_DIGEST, None)
-    if record.entry_point == "evaluate" and record.run.data.tags.get(BASELINE_TAG) != again.data.tags.get(BASELINE_TAG):
-        before, now = (_without_drops(each) for each in (before, now))
-        say("held against another float32 baseline than then, so drops are not compared")
+    not_compared = _drops_of_two_baselines(record, again)
+    before, now = ({name: text for name, text in each.items() if name not in not_compared} for each in (before, now))
+    if not_compared:
+        listed = ", ".join(not_compared)
+        say(f"not held against the float32 baseline of then, as far as is known; not compared: {listed}")
     found = differences(before, now)
     context: dict[str, object] = {
         name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT
@@ -160,6 +161,7 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
             "again": again_id,
             "equal": not found,
             "compared": len(before.keys() | now.keys()),
+            "not_compared": not_compared,
             "differences": [vars(one) for one in found],
             "context": context,
         },
@@ -170,8 +172,12 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     return found
 
 
-def _without_drops(facts: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in facts.items() if not name.startswith(f"{ACCURACY}_drop")}
+def _drops_of_two_baselines(record: Record, again: Run) -> list[str]:
+    """The metrics that say how far `evaluate` found a file below float32, unless both runs name one float32 run."""
+    tags = [run.data.tags.get(BASELINE_TAG) for run in (record.run, again)]
+    if record.entry_point != "evaluate" or (tags[0] == tags[1] and tags[0] is not None):
+        return []
+    return sorted({name for name in (*record.facts, *facts(again)) if name.startswith(f"{ACCURACY}_drop")})
 
 
 def _environment(run: Run) -> Mapping[str, object]:

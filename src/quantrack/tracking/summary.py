@@ -26,6 +26,7 @@ ROWS = (
 def summary_text(title: str, measured_on: Mapping[str, str], metrics: Mapping[str, float]) -> str:
     """A Markdown table of what was measured; what was not is left out."""
     context = "; ".join(f"{name} {value}" for name, value in measured_on.items())
+    metrics = _without_itself(metrics)
     lines = [f"# {title}", "", f"Measured on {context}.", "", "| metric | value |", "| --- | --- |"]
     lines += [f"| {label} | {form.format(metrics[name])} |" for name, label, form in ROWS if name in metrics]
     return "\n".join(lines) + "\n"
@@ -37,9 +38,7 @@ def headline(title: str, metrics: Mapping[str, float]) -> str:
     >>> headline("yolov10n w4a8", {"mAP50-95": 0.46, "mAP50-95_drop": 0.68, "latency_ms_p50": 26.84, "onnx_mb": 2.772})
     'yolov10n w4a8: mAP50-95 0.4600, 0.68 points below float32, 26.8 ms, 2.77 MB'
     """
-    known = dict(metrics)
-    if known.get("mAP50-95_drop") == 0 and known.get("latency_ratio") == 1:  # float32 itself
-        del known["mAP50-95_drop"], known["latency_ratio"]
+    known = _without_itself(metrics)
     parts = [f"mAP50-95 {known['mAP50-95']:.4f}"] if "mAP50-95" in known else []
     if "mAP50-95_drop" in known:
         ends = [known[end] for end in ("mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high") if end in known]
@@ -50,6 +49,13 @@ def headline(title: str, metrics: Mapping[str, float]) -> str:
         parts.append(f"{known['latency_ms_p50']:.1f} ms{ratio}")
     parts += [f"{known['onnx_mb']:.2f} MB"] if "onnx_mb" in known else []
     return f"{title}: {', '.join(parts)}"
+
+
+def _without_itself(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Without what float32 is to itself, which no one measured."""
+    own = {"mAP50-95_drop": 0.0, "latency_ratio": 1.0}
+    of_itself = all(metrics.get(name) == value for name, value in own.items())
+    return {name: value for name, value in metrics.items() if name not in own} if of_itself else metrics
 
 
 def log_summary(title: str, measured_on: Mapping[str, str], metrics: Mapping[str, float]) -> None:

@@ -212,12 +212,14 @@ def log_gain(start: Start, proof: Proof, evaluation_set: EvaluationSet) -> None:
     interval = paired_drop_interval(evaluation_set, proof.detections, detections)
     gain = drop_points(proof.coco.metrics[ACCURACY], before[ACCURACY])  # what the start lacks
     metrics = {f"{ACCURACY}_ptq": before[ACCURACY], f"{ACCURACY}_gain": gain}
-    metrics |= interval.metrics("gain")
+    ends = interval.metrics("gain")
+    metrics |= ends
     if before.get(f"{ACCURACY}_drop", 0.0) > 0:
         metrics["recovered_share"] = gain / before[f"{ACCURACY}_drop"]
     mlflow.log_metrics(metrics)
     after = f"{ACCURACY} {proof.coco.metrics[ACCURACY]:.4f}, before training {before[ACCURACY]:.4f}"
-    say(f"qat: {after}; gain {gain:.2f} points, 95 % interval {interval.low:.2f} to {interval.high:.2f}")
+    bounds = f", 95 % interval {interval.low:.2f} to {interval.high:.2f}" if ends else ""
+    say(f"qat: {after}; gain {gain:.2f} points{bounds}")
 
 
 def recorded_settings(run: Run) -> dict[str, str]:

@@ -62,6 +62,9 @@ CASES = {
     "no model": (replace(RUN, model_ids=()), Limits(), "logged_model: the run has 0 LoggedModels, must be 1"),
     "two models": (replace(RUN, model_ids=("1", "2")), Limits(), "logged_model: the run has 2 LoggedModels, must be 1"),
     "not a number": (with_metrics(onnx_mb=float("nan")), Limits(), "metrics: onnx_mb missing or not finite"),
+    "few pictures": (
+        with_metrics(**{"mAP50-95_drop_ci_high": float("nan")}), Limits(), "(an interval wants at least 5 pictures)",
+    ),
     "no tag": (
         replace(RUN, tags={name: "x" for name in IDENTITY if name != "head"}), Limits(), "tags: head missing",
     ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, LATENCY_RATIO, SIZE, ComparisonKey, latency_measure
 from quantrack.errors import QuantrackError
+from quantrack.evaluation.bootstrap import LEAST_PICTURES
 
 DROP_HIGH, PARITY = "mAP50-95_drop_ci_high", "parity_mean_abs"
 CONTRACT = (
@@ -126,6 +127,7 @@ def _one_model(run: MeasuredRun) -> GateResult:
 def _contract(run: MeasuredRun) -> GateResult:
     lacking = [name for name in CONTRACT if not math.isfinite(run.metrics.get(name, math.nan))]
     text = f"{', '.join(lacking) or 'nothing'} missing or not finite, all of {', '.join(CONTRACT)} must be there"
+    text += f" (an interval wants at least {LEAST_PICTURES} pictures)" if DROP_HIGH in lacking else ""
     return GateResult("metrics", ", ".join(lacking), "none missing", not lacking, text)
 
 

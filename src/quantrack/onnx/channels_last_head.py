@@ -45,9 +45,8 @@ def _levels(graph: Graph, node: onnx.NodeProto, shapes: Mapping[str, list[int]])
     whole = node.output[0]
     if node.op_type != "Concat" or _settings(node).get("axis") not in (-1, 2):
         return []
-    if whole in _outputs(graph) or not all(
-        _can_be_rewritten(graph, reader, shapes) for reader in graph.consumers[whole]
-    ):
+    readers = graph.consumers[whole]
+    if whole in graph.outputs or not all(_can_be_rewritten(graph, reader, shapes) for reader in readers):
         return []
     reshapes = [graph.producers.get(name) for name in node.input]
     levels = [reshape.input[0] for reshape in reshapes if reshape is not None and reshape.op_type == "Reshape"]
@@ -120,13 +119,9 @@ def _settings(node: onnx.NodeProto) -> dict[str, object]:
     return {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
 
-def _outputs(graph: Graph) -> set[str]:
-    return {item.name for item in graph.model.graph.output}
-
-
 def _needed(graph: Graph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes without those whose results nothing takes."""
-    used = _outputs(graph)
+    used = graph.outputs
     kept: list[onnx.NodeProto] = []
     for node in reversed(nodes):
         if used.intersection(node.output):

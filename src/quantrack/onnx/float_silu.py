@@ -48,7 +48,7 @@ def silu_product(graph: Graph, tensor: str) -> onnx.NodeProto | None:
     if sigmoid is None or product is None or len(consumers) != 2:
         return None
     gate = sigmoid.output[0]
-    alone = len(graph.consumers[gate]) == 1 and gate not in {item.name for item in graph.model.graph.output}
+    alone = len(graph.consumers[gate]) == 1 and gate not in graph.outputs
     return product if alone and gate in product.input else None
 
 

@@ -36,6 +36,11 @@ class Graph:
         """The nodes in order."""
         return list(self.model.graph.node)
 
+    @property
+    def outputs(self) -> set[str]:
+        """The names of the graph's results."""
+        return {item.name for item in self.model.graph.output}
+
     def array(self, name: str) -> NDArray[np.generic]:
         """The value of an initializer."""
         return np.asarray(numpy_helper.to_array(self.initializers[name]))

@@ -62,7 +62,7 @@ def take_wholes(graph: Graph) -> None:
             wholes = _wholes(graph, node, shapes)
             replaced |= set(node.input) - set(wholes)
             node.input[:] = wholes
-    used = {name for node in graph.nodes for name in node.input} | {item.name for item in graph.model.graph.output}
+    used = {name for node in graph.nodes for name in node.input} | graph.outputs
     graph.replace([node for node in graph.nodes if node.output[0] in used or node.output[0] not in replaced])
 
 
@@ -130,7 +130,7 @@ def dequantize_late(graph: Graph) -> None:
             node.input[: len(values)] = [value.integers for value in values]
             known[result] = Dequantized(node.output[0], values[0].grid)
             nodes.append(helper.make_node("DequantizeLinear", [node.output[0], *values[0].grid], [result]))
-    used = {name for node in nodes for name in node.input} | {item.name for item in graph.model.graph.output}
+    used = {name for node in nodes for name in node.input} | graph.outputs
     graph.replace([node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in used])
 
 

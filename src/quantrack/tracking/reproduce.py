@@ -143,7 +143,7 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     before, now = dict(record.facts), facts(again)
     if ONNX_DIGEST not in before:  # a record of before it was logged
         now.pop(ONNX_DIGEST, None)
-    not_compared = _drops_of_two_baselines(record, again)
+    not_compared = [] if _from_one_baseline(record, again) else sorted(_drops(before) | _drops(now))
     before, now = ({name: text for name, text in each.items() if name not in not_compared} for each in (before, now))
     if not_compared:
         listed = ", ".join(not_compared)
@@ -172,12 +172,14 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     return found
 
 
-def _drops_of_two_baselines(record: Record, again: Run) -> list[str]:
-    """The metrics that say how far `evaluate` found a file below float32, unless both runs name one float32 run."""
-    tags = [run.data.tags.get(BASELINE_TAG) for run in (record.run, again)]
-    if record.entry_point != "evaluate" or (tags[0] == tags[1] and tags[0] is not None):
-        return []
-    return sorted({name for name in (*record.facts, *facts(again)) if name.startswith(f"{ACCURACY}_drop")})
+def _from_one_baseline(record: Record, again: Run) -> bool:
+    """Whether both were held against one float32 run; `evaluate` takes the newest there is, others their own."""
+    then, now = (run.data.tags.get(BASELINE_TAG) for run in (record.run, again))
+    return record.entry_point != "evaluate" or (then is not None and then == now)
+
+
+def _drops(found: Mapping[str, str]) -> set[str]:
+    return {name for name in found if name.startswith(f"{ACCURACY}_drop")}
 
 
 def _environment(run: Run) -> Mapping[str, object]:

@@ -13,7 +13,7 @@ from quantrack.runtime.session import open_given, open_session, require_cuda
 from quantrack.runtime.tune import tune
 from quantrack.settings import BenchmarkSettings
 from quantrack.tracking.log import log_settings
-from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, float_file_of, log_given_file
+from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, float_file_of, log_given_file, of_a_version
 from quantrack.tracking.result import log_benchmark, log_tuning, resolved_by_file
 
 
@@ -21,14 +21,15 @@ def benchmark(settings: BenchmarkSettings) -> None:
     """Time an ONNX detector (a file, runs:/... or models:/...), in turns with its float32 file where there is one."""
     if settings.require_gpu:
         require_cuda()
+    onnx = of_a_version(settings.onnx)
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch_onnx(settings.onnx, Path(folder) / "candidate")
+        path = fetch_onnx(onnx, Path(folder) / "candidate")
         with errors_in_terms_of("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             facts = file_facts(path, settings.head, session.imgsz)
         log_settings(settings, f"benchmark-{facts.mode}-{facts.model}", resolved_by_file(settings, facts))
-        log_given_file(settings.onnx, path)
-        float_file = settings.baseline or float_file_of(settings.onnx)
+        log_given_file(settings.onnx, onnx, path)
+        float_file = settings.baseline or float_file_of(onnx)
         beside = None
         if float_file:
             float_path = fetch_onnx(float_file, Path(folder) / "float32", "baseline")

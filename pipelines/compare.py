@@ -29,8 +29,11 @@ def compare(settings: CompareSettings) -> None:
     models = sorted({run.model for run in runs})
     name_run(f"compare-{len(runs)}-{'-'.join(models)}")
     log_comparison(groups, f"{', '.join(models)}: {len(runs)} runs compared")
-    for run in groups[0].runs:
-        say(f"{run.label}: mAP50-95 {run.metrics['mAP50-95']:.4f}")
+    for group in groups:
+        if len(groups) > 1:
+            say(f"on {group.circumstances.text}:")
+        for run in group.runs:
+            say(f"{run.label}: mAP50-95 {run.metrics['mAP50-95']:.4f}")
     children.require_all_finished()
 
 

@@ -13,7 +13,7 @@ from quantrack.runtime.session import open_given, require_cuda
 from quantrack.settings import OnnxSettings
 from quantrack.tracking.baseline import find_baseline, log_baseline
 from quantrack.tracking.log import log_inputs, log_samples, log_settings
-from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, log_given_file
+from quantrack.tracking.models import errors_in_terms_of, fetch_onnx, log_given_file, of_a_version
 from quantrack.tracking.result import comparison_key, log_evaluation, resolved_by_file
 
 
@@ -22,8 +22,9 @@ def evaluate(settings: OnnxSettings) -> None:
     if settings.require_gpu:
         require_cuda()
     evaluation_set = load_evaluation_set(settings.data_folder, settings.eval_images)
+    onnx = of_a_version(settings.onnx)
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch_onnx(settings.onnx, Path(folder))
+        path = fetch_onnx(onnx, Path(folder))
         with errors_in_terms_of("onnx", settings.onnx, path):
             session = open_given(path, settings.provider)
             require_output(session, settings.head, evaluation_set)
@@ -31,7 +32,7 @@ def evaluate(settings: OnnxSettings) -> None:
             if facts.class_names:
                 require_same_classes(facts.class_names, evaluation_set, f"onnx={path}")
         log_settings(settings, f"evaluate-{facts.mode}-{facts.model}", resolved_by_file(settings, facts))
-        log_given_file(settings.onnx, path)
+        log_given_file(settings.onnx, onnx, path)
         log_inputs(evaluation_set, None)
 
         baseline = find_baseline(comparison_key(facts, evaluation_set, session.provider))

@@ -53,5 +53,7 @@ def test_card_of_eight_bits_and_float_activations() -> None:
 
 def test_descriptions_fit_into_mlflow() -> None:
     long = replace(RUN, tags={name: value if name == "mode" else "x" * 900 for name, value in TAGS.items()})
-    assert len(model_card("n" * 200, long, MEASUREMENT)) <= MAX_DESCRIPTION
+    card = model_card("n" * 200, long, MEASUREMENT)
+    assert len(card) <= MAX_DESCRIPTION
+    assert card.endswith("\n\n(The rest: the run's description and artifacts.)")
     assert "`champion`" in family_description(RUN)

@@ -413,6 +413,22 @@ def test_full_archives(coco_server: Server, tmp_path: Path) -> None:
     assert (again.downloaded, again.reused, coco_server.requests.total()) == (0, 8, 3)
 
 
+def test_what_a_full_archive_lacks_is_fetched_singly_or_said(coco_server: Server, tmp_path: Path) -> None:
+    last = "val2017/000000000040.jpg"
+    names = [name for name in coco_server.content if name.startswith("/val2017/") and last not in name]
+    coco_server.content["/zips/val2017.zip"] = archive({name[1:]: coco_server.content[name] for name in names})
+    settings = wanted(coco_server, tmp_path, images="all")
+    (tmp_path / "data/val2017").mkdir(parents=True)
+    (tmp_path / "data" / names[0][1:]).write_bytes(coco_server.content[names[0]])
+    prepared = download_coco(settings)
+    assert (prepared.pictures, prepared.downloaded, prepared.reused) == (8, 7, 1)
+    assert coco_server.requests[f"/{last}"] == 1
+    (tmp_path / "data" / last).unlink()
+    del coco_server.content[f"/{last}"]
+    with pytest.raises(QuantrackError, match=last):
+        download_coco(settings)
+
+
 def test_of_a_split_a_truncated_picture_is_fetched_again(coco_server: Server, tmp_path: Path) -> None:
     download_coco(wanted(coco_server, tmp_path, images="all"))
     picture = tmp_path / f"data/val2017/{10:012d}.jpg"

@@ -13,6 +13,7 @@ import pytest
 from command import ROOT, SMALL, newest_run, run_pipeline, use_store
 from mlflow.entities import Run
 
+from quantrack.tracking.read import require_run
 from quantrack.tracking.training import START_TAG, recorded_start
 
 QUICK = (
@@ -87,6 +88,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(store: Path, whole: Ru
     (going_on,) = mlflow.search_runs(filter_string=resuming, output_format="list")
     assert going_on.data.params == {"resume": killed.info.run_id}  # the other run's settings are not the defaults
     assert going_on.info.run_name == f"resume-{killed.info.run_name}"
+    assert require_run(going_on.info.run_id, "run_id").info.run_id == killed.info.run_id  # what it came to
     assert lasting(resumed) == lasting(whole)
     assert not folder.exists()
 

@@ -6,7 +6,7 @@ import mlflow
 import pytest
 
 from quantrack.settings import OnnxSettings
-from quantrack.tracking.models import log_given_file
+from quantrack.tracking.models import log_given_file, of_a_version
 from quantrack.tracking.read import BASELINE_TAG, read_json
 from quantrack.tracking.reproduce import log_reproduction, read_record
 from quantrack.tracking.run import tracked_run
@@ -29,7 +29,7 @@ def reproduced(reference: str, folder: Path) -> str:
     file = folder / "file.onnx"
     file.write_bytes(b"any")
     with tracked_run("evaluate", {"onnx": reference, "data_root": "demo"}) as run:
-        log_given_file(reference, file)
+        log_given_file(reference, of_a_version(reference), file)
         mlflow.log_dict({}, "environment.json")
     client = mlflow.MlflowClient()
     client.set_registered_model_alias("watch", "champion", client.create_model_version("watch", str(folder)).version)

@@ -104,7 +104,7 @@ def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     address = "https://me:secret@tracking.example/prefix"
     monkeypatch.setattr("quantrack.tracking.read.find_run", lambda run_id: None)
     monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: address)
-    with pytest.raises(QuantrackError, match=r"runs=x: no such run at https://tracking\.example/prefix$"):
+    with pytest.raises(QuantrackError, match=r"runs=x: no such run at https://tracking\.example/prefix; give"):
         require_run("x", "runs")
 
 

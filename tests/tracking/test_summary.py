@@ -24,6 +24,19 @@ def test_what_was_not_measured_is_left_out(left_out: tuple[str, ...], line: str)
     assert headline("a file", metrics) == f"a file: {line}"
 
 
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((-0.7, 0.5), "0.11 points above float32 (drop -0.70 to 0.50)"),
+        ((), "0.11 points above float32"),
+    ],
+)
+def test_what_is_above_float32_says_so(ends: tuple[float, ...], words: str) -> None:
+    metrics = {"mAP50-95": 0.4678, "mAP50-95_drop": -0.11}
+    metrics |= dict(zip(("mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high"), ends, strict=False))
+    assert headline("a file", metrics) == f"a file: mAP50-95 0.4678, {words}"
+
+
 def test_float32_is_not_held_against_itself() -> None:
     itself = {"mAP50-95": 0.4667, "mAP50-95_drop": 0.0, "latency_ms_p50": 19.4, "latency_ratio": 1.0, "onnx_mb": 9.41}
     assert headline("fp32", itself) == "fp32: mAP50-95 0.4667, 19.4 ms, 9.41 MB"

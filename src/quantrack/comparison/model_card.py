@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quantrack.comparison.gates import MeasuredRun
 from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, SIZE
+from quantrack.comparison.table import fitting
 from quantrack.schemes import Scheme, parse_mode, variant_words
 
 MAX_DESCRIPTION = 5000  # what MLflow keeps of a version's description
@@ -48,7 +49,7 @@ def model_card(name: str, run: MeasuredRun, measurement: Measurement) -> str:
         _limits(run),
         "## Licence\n\nAGPL-3.0, because Ultralytics is.",
     )
-    return "\n\n".join(sections)[:MAX_DESCRIPTION]
+    return fitting("\n\n".join(sections), "the run's description and artifacts", MAX_DESCRIPTION)
 
 
 def family_description(run: MeasuredRun) -> str:

@@ -35,7 +35,7 @@ class ComparisonKey:
 class Circumstances:
     """What a number was measured on: only runs where all of this is equal are ranked together."""
 
-    pictures: str
+    pictures: str = field(compare=False)  # their name; the digest says whether they are the same
     evaluation_digest: str
     head: str
     imgsz: str

@@ -70,7 +70,7 @@ class EvaluationSet:
 
     @property
     def name(self) -> str:
-        return f"coco-{self.split}{len(self.pictures)}"
+        return f"{self.split}{len(self.pictures)}"
 
 
 def require_same_categories(one: EvaluationSet, other: EvaluationSet) -> None:

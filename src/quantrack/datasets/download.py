@@ -19,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from quantrack.datasets.calibration import RANDOM, read_list
 from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
+from quantrack.datasets.picture_size import looks_like_picture
 from quantrack.datasets.pictures import content_problem, pictures_in
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import atomic_path, file_digest
@@ -27,7 +28,6 @@ from quantrack.progress import new_bar, track
 ANNOTATION_ARCHIVE = "annotations/annotations_trainval2017.zip"
 SELECTIONS = ("listed", "all")
 SINGLY = 0.25  # of a split's pictures at most; more are fetched as an archive
-PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"RIFF")  # by its bytes: a .jpg may hold a PNG
 
 
 @dataclass(frozen=True)
@@ -186,20 +186,29 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
         names = [
             _file_name(entry, annotations) for entry in read_annotations(settings.data_root, annotations)["images"]
         ]
-        lacking = [name for name in track(names, f"looking through {split}") if _problem(folder / name) is not None]
-        if len(lacking) <= SINGLY * len(names):
-            received += _fetch_pictures(settings, [f"{split}/{name}" for name in lacking])
-            downloaded, reused = downloaded + len(lacking), reused + len(names) - len(lacking)
-            continue
-        archive = settings.data_root / f"{split}.zip"
-        with _bar() as bar:
-            task = bar.add_task(archive.name, total=None)
-            advance = partial(bar.advance, task)
-            received += _fetch_archive(settings, f"zips/{archive.name}", archive, advance)
-        extract(archive, None, settings.data_root)
-        archive.unlink()
-        downloaded += len(pictures_in(folder))
+        lacking = rest = _lacking(folder, names)
+        if len(lacking) > SINGLY * len(names):
+            received += _fetch_split(settings, split)
+            rest = _lacking(folder, lacking)  # an archive need not hold all that is annotated
+        received += _fetch_pictures(settings, [f"{split}/{name}" for name in rest])
+        downloaded, reused = downloaded + len(lacking), reused + len(names) - len(lacking)
     return PreparedData(downloaded + reused, downloaded, reused, received)
+
+
+def _lacking(folder: Path, names: Sequence[str]) -> list[str]:
+    """The pictures that are not there, or not whole."""
+    return [name for name in track(names, f"looking through {folder.name}") if _problem(folder / name) is not None]
+
+
+def _fetch_split(settings: DownloadSettings, split: str) -> int:
+    """All pictures of a split's archive; the bytes received."""
+    archive = settings.data_root / f"{split}.zip"
+    with _bar() as bar:
+        task = bar.add_task(archive.name, total=None)
+        received = _fetch_archive(settings, f"zips/{archive.name}", archive, partial(bar.advance, task))
+    extract(archive, None, settings.data_root)
+    archive.unlink()
+    return received
 
 
 def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress: Callable[[int], None]) -> int:
@@ -214,7 +223,7 @@ def _problem(path: Path) -> str | None:
         content = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return content_problem(content) or (None if content.startswith(PICTURE_STARTS) else "not a picture")
+    return content_problem(content) or (None if looks_like_picture(content) else "not a picture")
 
 
 def _zip_problem(path: Path) -> str | None:

@@ -15,7 +15,16 @@ from mlflow.entities import Run
 from quantrack.comparison.differences import difference_columns
 from quantrack.comparison.plots import LIGHT
 from quantrack.comparison.report import group_plots, report_html
-from quantrack.comparison.runs import CIRCUMSTANCES, COMPARED, Circumstances, ClassScore, ComparedRun, Group, Sample
+from quantrack.comparison.runs import (
+    ACCURACY,
+    CIRCUMSTANCES,
+    COMPARED,
+    Circumstances,
+    ClassScore,
+    ComparedRun,
+    Group,
+    Sample,
+)
 from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
@@ -34,7 +43,8 @@ def read_runs(run_ids: Sequence[str]) -> tuple[ComparedRun, ...]:
     Raises:
         QuantrackError: one is not there, is not finished, or measured no accuracy.
     """
-    return resampled_runs([read_run(run_id) for run_id in dict.fromkeys(run_ids)])
+    runs = {run.run_id: run for run in map(read_run, run_ids)}
+    return resampled_runs(list(runs.values()))
 
 
 def read_run(run_id: str) -> ComparedRun:
@@ -51,6 +61,8 @@ def read_run(run_id: str) -> ComparedRun:
         raise QuantrackError(
             f"runs={run_id}: it does not say its {missing[0]}; give ids of runs of baseline, ptq, qat or evaluate"
         )
+    if ACCURACY not in run.data.metrics:
+        raise QuantrackError(f"runs={run_id}: it has no {ACCURACY}; give runs that measured it")
     return _compared(run)
 
 

@@ -17,6 +17,8 @@ PACKAGES = (
     *LIBRARIES,
 )  # fmt: skip
 
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
 
 def installed_versions() -> dict[str, str]:
     """Versions of what can change a number; a package that is not installed is absent."""
@@ -35,13 +37,28 @@ def device_name(provider: str) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name and its usable cores."""
-    name = platform.processor() or platform.machine()
+    """The CPU's name, what else tells it from others, and its usable cores."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    return f"{name}, {usable_cores()} cores"
+    known = processor_text(info.read_text()) if info.is_file() else ""
+    return f"{known or platform.processor() or platform.machine()}, {usable_cores()} cores"
+
+
+def processor_text(info: str) -> str:
+    """The first processor of `/proc/cpuinfo`; empty where it has no name (ARM).
+
+    Clouds call processors of several generations by one name, so family and model stand with it, and whether it
+    has VNNI, which decides how fast integer kernels are.
+
+    >>> processor_text("model name: AMD EPYC\\ncpu family: 25\\nmodel: 17\\nflags: sse avx512_vnni\\n")
+    'AMD EPYC (family 25, model 17, VNNI)'
+    """
+    pairs = (line.partition(":")[::2] for line in info.partition("\n\n")[0].splitlines())
+    said = {name.strip(): value.strip() for name, value in pairs}
+    if "model name" not in said:
+        return ""
+    parts = [f"{what} {said[key]}" for key, what in (("cpu family", "family"), ("model", "model")) if key in said]
+    parts += ["VNNI"] if VNNI.intersection(said.get("flags", "").split()) else []
+    return said["model name"] + (f" ({', '.join(parts)})" if parts else "")
 
 
 def environment_record(provider: str) -> dict[str, object]:
@@ -57,9 +74,11 @@ def environment_record(provider: str) -> dict[str, object]:
 
 
 def git_commit() -> dict[str, str]:
-    """The source's commit, marked when the tree was changed; empty outside a git clone."""
-    folder = Path(__file__).resolve().parent
+    """The source's commit, marked when the tree was changed; empty where it is installed, not run from a clone."""
+    folder = Path(__file__).resolve().parents[3]
     try:
+        if Path(_git(folder, "rev-parse", "--show-toplevel")).resolve() != folder:
+            return {}  # the repository that an environment with Quantrack happens to lie in
         commit = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):

@@ -15,6 +15,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
+from quantrack.comparison.table import fitting
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.download import PreparedData
@@ -29,6 +30,7 @@ from quantrack.evaluation.plots import (
 from quantrack.evaluation.samples import choose_samples, sample_picture
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.exported_files import ExportedFiles
+from quantrack.progress import say
 from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.insert_quantizers import average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob, StepReport
@@ -119,13 +121,15 @@ def log_sensitivity(rows: Sequence[LayerSensitivity], plan: BitPlan, unit: str) 
     log_json(plan.record(), "plan.json")
     mlflow.log_figure(sensitivity_figure(rows, plan, unit), "plots/sensitivity.png")
     weights = sum(row.weights for row in rows)
-    mlflow.log_metrics(
-        {
-            "weight_bits_avg": sum(plan.average(row.name) * row.weights for row in rows) / weights,
-            "planned_error": sum(row.planned_error(plan.bits[row.name]) for row in rows),
-            "error_at_fewest_bits": sum(row.errors[bits[0]] for row in rows),
-        }
-    )
+    metrics = {
+        "weight_bits_avg": sum(plan.average(row.name) * row.weights for row in rows) / weights,
+        "planned_error": sum(row.planned_error(plan.bits[row.name]) for row in rows),
+        "error_at_fewest_bits": sum(row.errors[bits[0]] for row in rows),
+    }
+    mlflow.log_metrics(metrics)
+    told = f"{metrics['weight_bits_avg']:.2f} bits on average in {len(rows)} layers, estimated error "
+    told += f"{metrics['planned_error']:.3g} ({metrics['error_at_fewest_bits']:.3g} with {bits[0]} bits throughout)"
+    say(f"sensitivity: {told}; take it with -P plan=runs:/{active_run_id()}/plan.json")
 
 
 def log_table(table: Mapping[str, Sequence[object]], name: str) -> None:
@@ -186,21 +190,6 @@ def log_description(text: str, artifact: str) -> None:
     mlflow.set_tag("mlflow.note.content", fitting(text, artifact, MAX_TAG_VAL_LENGTH))
 
 
-def fitting(text: str, artifact: str, most: int) -> str:
-    """A text that is too long, cut after a line, with a word on where the rest is.
-
-    >>> print(fitting(9 * "| row |\\n", "all.md", 30))
-    | row |
-    <BLANKLINE>
-    (The rest: all.md.)
-    """
-    if len(text) <= most:
-        return text
-    rest = f"\n\n(The rest: {artifact}.)"
-    head = text[: most - len(rest)]
-    return (head[: head.rfind("\n")] if "\n" in head else head) + rest
-
-
 def log_samples(
     evaluation_set: EvaluationSet,
     float_detections: Sequence[Detection] | None,
@@ -229,3 +218,4 @@ def log_prepared_data(prepared: PreparedData) -> None:
             "downloaded_mb": prepared.bytes_downloaded / 1_000_000,
         }
     )
+    say(f"data: {prepared.pictures} pictures are there, {prepared.downloaded} of them new")

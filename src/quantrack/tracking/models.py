@@ -78,21 +78,31 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=str(folder)))
     except Exception as error:  # stores raise their own kinds
-        raise QuantrackError(f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)})") from error
+        raise QuantrackError(_cannot_fetch(setting, reference, error)) from error
 
 
-def log_given_file(reference: str, path: Path) -> None:
+def _cannot_fetch(setting: str, reference: str, error: Exception) -> str:
+    return f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)}); give what is there"
+
+
+def log_given_file(given: str, version: str, path: Path) -> None:
     """Tag the active run with which file `onnx` was: an alias may move, a path be overwritten."""
-    version = of_a_version(reference)
-    mlflow.set_tags({"onnx_digest": file_digest(path)} | ({VERSION_TAG: version} if version != reference else {}))
+    mlflow.set_tags({"onnx_digest": file_digest(path)} | ({VERSION_TAG: version} if version != given else {}))
 
 
-def of_a_version(reference: str) -> str:
-    """`models:/NAME/VERSION/PATH` for what an alias, a stage or `latest` stands for now; others as they are."""
+def of_a_version(reference: str, setting: str = "onnx") -> str:
+    """`models:/NAME/VERSION/PATH` for what an alias, a stage or `latest` stands for now; others as they are.
+
+    Raises:
+        QuantrackError: there is no such model, or nothing that it stands for.
+    """
     if not reference.startswith("models:/"):
         return reference
-    model, path = split_models_uri(reference)
-    found = name_and_version(mlflow.MlflowClient(), model)
+    try:
+        model, path = split_models_uri(reference)
+        found = name_and_version(mlflow.MlflowClient(), model)
+    except mlflow.MlflowException as error:
+        raise QuantrackError(_cannot_fetch(setting, reference, error)) from error
     if len(found) == 1:  # a LoggedModel, which has no versions
         return reference
     return "/".join(["models:", *map(str, found), *([path] if path else [])])

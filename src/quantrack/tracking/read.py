@@ -11,8 +11,10 @@ import mlflow
 from mlflow.entities import Run
 
 from quantrack.errors import QuantrackError
+from quantrack.progress import say
 
 BASELINE_TAG = "baseline_run_id"  # of a run that was held against a float32 one
+RESUMED_TAG = "resumed_run_id"  # of a run that only went on with another one
 MOST_SAID = 300  # characters of somebody else's message
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
 CREDENTIALS = re.compile(r"://(?:[^/\s@:]+:[^\s@]*|[^/\s@]+)@")
@@ -60,15 +62,22 @@ def find_run(run_id: str) -> Run | None:
 
 
 def require_run(run_id: str, setting: str) -> Run:
-    """The run whose id a setting gave.
+    """The run whose id a setting gave; for one that only went on with another one, that one.
 
     Raises:
         QuantrackError: there is no such run.
     """
     run = find_run(run_id)
     if run is None:
-        raise QuantrackError(f"{setting}={run_id}: no such run at {store_address()}")
-    return run
+        raise QuantrackError(
+            f"{setting}={run_id}: no such run at {store_address()}; give the id of one that is there, or set "
+            "MLFLOW_TRACKING_URI to where it is"
+        )
+    resumed = run.data.tags.get(RESUMED_TAG)
+    if resumed is None:
+        return run
+    say(f"{setting}={run_id}: went on with run {resumed}; taking that one")
+    return require_run(resumed, setting)
 
 
 def store_address() -> str:

@@ -13,7 +13,7 @@ from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 from quantrack.errors import QuantrackError, memory_problem
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
-from quantrack.tracking.read import current_run, one_line, store_address
+from quantrack.tracking.read import RESUMED_TAG, current_run, one_line, store_address
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
@@ -46,7 +46,7 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
 @contextmanager
 def resumed_run(run: Run) -> Iterator[None]:
     """Go on with a run that has not finished, within the active one."""
-    mlflow.set_tag("resumed_run_id", run.info.run_id)
+    mlflow.set_tag(RESUMED_TAG, run.info.run_id)
     mlflow.start_run(run_id=run.info.run_id, nested=True)
     with _ended_as_the_work_ends():
         mlflow.set_tags(git_commit())

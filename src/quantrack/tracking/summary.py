@@ -8,6 +8,7 @@ import mlflow
 
 from quantrack.progress import say
 from quantrack.tracking.log import log_description
+from quantrack.tracking.read import active_run_id
 
 ROWS = (
     ("mAP50-95", "mAP50-95", "{:.4f}"),
@@ -41,14 +42,21 @@ def headline(title: str, metrics: Mapping[str, float]) -> str:
     known = _without_itself(metrics)
     parts = [f"mAP50-95 {known['mAP50-95']:.4f}"] if "mAP50-95" in known else []
     if "mAP50-95_drop" in known:
-        ends = [known[end] for end in ("mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high") if end in known]
-        interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if len(ends) == 2 else ""
-        parts.append(f"{known['mAP50-95_drop']:.2f} points below float32{interval}")
+        parts.append(_drop_text(known))
     if "latency_ms_p50" in known:
         ratio = f" ({known['latency_ratio']:.2f} x float32)" if "latency_ratio" in known else ""
         parts.append(f"{known['latency_ms_p50']:.1f} ms{ratio}")
     parts += [f"{known['onnx_mb']:.2f} MB"] if "onnx_mb" in known else []
     return f"{title}: {', '.join(parts)}"
+
+
+def _drop_text(known: Mapping[str, float]) -> str:
+    drop = known["mAP50-95_drop"]
+    ends = [known[end] for end in ("mAP50-95_drop_ci_low", "mAP50-95_drop_ci_high") if end in known]
+    interval = f"{ends[0]:.2f} to {ends[1]:.2f}" if len(ends) == 2 else ""
+    if drop < 0:
+        return f"{-drop:.2f} points above float32" + (f" (drop {interval})" if interval else "")
+    return f"{drop:.2f} points below float32" + (f" ({interval})" if interval else "")
 
 
 def _without_itself(metrics: Mapping[str, float]) -> Mapping[str, float]:
@@ -63,4 +71,4 @@ def log_summary(title: str, measured_on: Mapping[str, str], metrics: Mapping[str
     text = summary_text(title, measured_on, metrics)
     mlflow.log_text(text, "summary.md")
     log_description(text, "summary.md")
-    say(headline(title, metrics))
+    say(f"{headline(title, metrics)} (run {active_run_id()})")

@@ -82,14 +82,14 @@ def training_folder(run_id: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
-        say(f"training in {folder}; if it is interrupted, go on with: mlflow run . -e qat -P resume={run_id}")
+        say(f"training in {folder}; if it is interrupted, go on with: -e qat -P resume={run_id}")
         try:
             yield folder
         except UsageError:
             if [path.name for path in folder.iterdir()] == ["lock"]:  # a setting was refused: nothing to go on with
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # while no other process can take the lock
 
 
 def _folder_of(run_id: str) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ CHUNK_BYTES = 1 << 20
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
 
-    It is on the disk before it has its name, so that a power cut leaves the file of before or the new one.
+    Its name is nobody else's, also where machines share the folder. It is on the disk before it has the other name, so
+    that a power cut leaves the file of before or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         yield temporary
         _to_disk(temporary)
@@ -45,8 +47,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Where another process puts a folder there at the same moment, that one stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary

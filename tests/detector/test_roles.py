@@ -26,6 +26,11 @@ def test_yolov10n(head):
     assert outputs == [(f"model.23.{inner}cv2.{level}.2", f"model.23.{inner}cv3.{level}.2") for level in range(3)]
 
 
+def test_a_second_stem_reads_the_picture_as_well():
+    first = [name for name, role in convolution_roles(load("yolov9e.yaml")).items() if role is Role.FIRST]
+    assert first == ["model.1.conv", "model.15.conv"]
+
+
 @pytest.mark.parametrize("source", ["yolov8n", "yolo11n", "yolov9t", "yolo26n"])
 def test_other_detectors(source):
     model = load(f"{source}.yaml")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,14 @@ def test_one2many_equals_ultralytics() -> None:
     assert [one.category_id for one in found] == [CATEGORIES[int(index)] for index in reference[:, 5]]
     corners = np.array([(x, y, x + w, y + h) for x, y, w, h in (one.xywh for one in found)])
     np.testing.assert_allclose(corners, reference[:, :4].clamp(0, 100).numpy(), atol=1e-4)
+
+
+def test_boxes_that_reach_outside_the_picture_suppress_none_of_another_class() -> None:
+    first, outside, second = (445, 445, 390, 390), (-192, -192, 416, 416), (447, 445, 386, 390)
+    scores = (0.9, 0.0, 0.0), (0.0, 0.8, 0.0), (0.7, 0.0, 0.0)
+    rows = [(*box, *of) for box, of in zip((first, outside, second), scores, strict=True)]
+    found = decode_one2many(one2many(*rows), replace(SAME, width=640, height=640), 1, CATEGORIES)
+    assert [(one.category_id, round(one.score, 3)) for one in found] == [(CATEGORIES[0], 0.9), (CATEGORIES[1], 0.8)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,6 +9,7 @@ from quantrack.errors import QuantrackError
 from quantrack.onnx.exported_files import pack_weights
 from quantrack.onnx.float_silu import SILU
 from quantrack.onnx.full_placement import observable_tensors, place_everywhere
+from quantrack.onnx.graph import read_graph, write_graph
 from quantrack.onnx.inspect import read_facts, sums_can_saturate
 from quantrack.onnx.int4 import store_as_int4
 from quantrack.runtime.parity import require_same_outputs
@@ -92,6 +93,30 @@ def test_integer_kernels_stay_with_full_placement(small, tmp_path):
     onnx.checker.check_model(onnx.load(target), full_check=True)
     images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
     require_same_outputs(open_session(full, "cpu"), open_session(target, "cpu"), images)
+
+
+@pytest.mark.parametrize("placement", ["inputs", "full"])
+def test_layers_that_share_weights_are_each_rewritten(small, tmp_path, placement):
+    """Of equal constants the exporter keeps one: two pruned layers of one shape."""
+    exported, source = small.files("w4a8", placement=placement).optimized, tmp_path / "shared.onnx"
+    graph = read_graph(exported)
+    convolutions = [node for node in graph.nodes if node.op_type == "Conv" and node.input[1] in graph.producers]
+    weights = [graph.producers[node.input[1]] for node in convolutions]
+    shapes = [tuple(graph.initializers[node.input[0]].dims) for node in weights]
+    one, other = next((a, b) for b in range(len(shapes)) for a in range(b) if shapes[a] == shapes[b])
+    for place in (0, 1):
+        weights[other].input[place] = weights[one].input[place]
+    integers, scale = (graph.initializers[name] for name in weights[one].input[:2])
+    integers.CopyFrom(onnx.numpy_helper.from_array(np.zeros(integers.dims, np.int8), integers.name))
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.full(scale.dims, 1e-12, np.float32), scale.name))  # has to be raised
+    write_graph(graph, source)
+    if placement == "full":
+        source = placed(small, source, tmp_path / "full.onnx")
+    target = tmp_path / "packed.onnx"
+    store_as_int4(source, target)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    images = [network_input(path, small.SIZE)[None] for path in small.calibration.paths]
+    require_same_outputs(open_session(source, "cpu"), open_session(target, "cpu"), images)
 
 
 def test_a_changed_output_is_refused(small, tmp_path):

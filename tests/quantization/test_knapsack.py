@@ -66,6 +66,13 @@ def test_the_ends(budget: float, best: bool) -> None:
     np.testing.assert_array_equal(errors[np.arange(50), choice], expected)
 
 
+def test_standard_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors, sizes, budget = instance(30, 0)
+    shown = least_error(errors, sizes, budget)
+    monkeypatch.setattr("sys.stdout", None)
+    assert least_error(errors, sizes, budget).tolist() == shown.tolist()
+
+
 def test_equal_items_and_no_error_at_all() -> None:
     sizes = np.tile([4.0, 8.0], (300, 1))
     same = least_error(np.tile([1.0, 0.0], (300, 1)), sizes, 4.5 * 300)

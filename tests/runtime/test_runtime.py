@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from quantrack.runtime.session import (
     open_given,
     open_session,
     settings_for,
+    usable_cores,
 )
 from quantrack.runtime.tune import candidates, tune
 
@@ -310,6 +312,32 @@ def test_exact_sums_are_not_asked_for_where_weights_fit_in_pairs(
     assert sums_can_saturate(path)
 
 
+@pytest.mark.parametrize(("largest", "may"), [(3, False), (127, True)])
+@pytest.mark.parametrize("way", ["Identity", "Constant"])
+def test_weights_are_known_however_the_file_holds_them(
+    integer_convolution: Path, way: str, largest: int, may: bool
+) -> None:
+    model = onnx.load(integer_convolution)
+    kept = [item for item in model.graph.initializer if item.name != "w"]
+    weights = numpy_helper.from_array(np.full((4, 3, 3, 3), largest, np.int8), "stored")
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, *([weights] if way == "Identity" else [])])
+    inputs, attributes = (["stored"], {}) if way == "Identity" else ([], {"value": weights})
+    model.graph.node.insert(0, helper.make_node(way, inputs, ["w"], **attributes))
+    onnx.save(model, integer_convolution)
+    assert sums_can_saturate(integer_convolution) == may
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("", 8)]
+)
+def test_cores_of_a_container(text: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr("quantrack.runtime.session.CPU_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores() == cores
+
+
 def test_weights_of_unknown_size_may_saturate(integer_convolution: Path) -> None:
     """Float ones that the file itself quantizes."""
     model = onnx.load(integer_convolution)
@@ -321,13 +349,24 @@ def test_weights_of_unknown_size_may_saturate(integer_convolution: Path) -> None
     assert sums_can_saturate(integer_convolution)
 
 
-def test_only_others_count_as_other_load(tmp_path: Path) -> None:
+def test_only_others_count_as_other_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, busy, own = iter((100.0, 110.0)), iter((50.0, 68.0)), iter((3.0, 13.0))
+    times = SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: next(own))
+    monkeypatch.setattr("quantrack.runtime.machine_load.time", times)
+    monkeypatch.setattr("quantrack.runtime.machine_load._busy_seconds", lambda: next(busy))
+    with watch_other_load() as load:
+        pass
+    assert load.cores == pytest.approx(0.8)  # 18 s of work within 10 s, of which 10 were ours
+    assert load.disturbs
+    assert load.metrics() == {"busy_cores_of_others": load.cores}
+
+
+def test_this_machine_says_how_busy_it_is() -> None:
     with watch_other_load() as load:
         sum(range(3_000_000))
     if load.cores is None:
         pytest.skip("this system does not say")
     assert 0 <= load.cores < 64
-    assert load.metrics() == {"busy_cores_of_others": load.cores}
     assert not OtherLoad().disturbs
     assert OtherLoad().metrics() == {}
     assert OtherLoad(0.9).disturbs

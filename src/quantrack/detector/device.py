@@ -12,7 +12,7 @@ def resolve_device(device: str) -> torch.device:
 
     Raises:
         UsageError: the name is no CPU or CUDA device.
-        QuantrackError: CUDA was asked for and is not there.
+        QuantrackError: CUDA was asked for and is not there, or another GPU than the first, which ONNX Runtime takes.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,12 +21,18 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"device={device}: unknown device; use auto, cpu, cuda or cuda:N")
+        raise UsageError(f"device={device}: unknown device; use auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise QuantrackError(f"device={device}: no such CUDA device here; use device=cpu or auto")
+    if chosen.index:
+        raise QuantrackError(
+            f"device={device}: ONNX Runtime measures on the first GPU; set CUDA_VISIBLE_DEVICES={chosen.index} instead"
+        )
     return chosen
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32; processors without its instructions take longer."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether bfloat16 is faster than float32; processors without its instructions emulate it, and take longer."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -115,9 +115,11 @@ def _suppress(
     classes: NDArray[np.int64],
     settings: NmsSettings,
 ) -> NDArray[np.int64]:
+    # torchvision may set classes apart by the largest corner, and counts on none below zero
+    from_zero = torch.from_numpy(corners - corners.min(initial=0.0)).double()
     kept = batched_nms(
-        torch.from_numpy(corners).float(),
-        torch.from_numpy(scores).float(),
+        from_zero,
+        torch.from_numpy(scores).double(),
         torch.from_numpy(classes),
         settings.iou,
     )
@@ -128,7 +130,7 @@ def _check_finite(output: NDArray[np.float32], image_id: int) -> None:
     if not np.isfinite(output).all():
         raise NotFiniteError(
             f"picture {image_id}: the network's output has NaN or infinite values; "
-            "its scales overflow: try more activation bits or other calibration pictures"
+            "its scales or float16 overflow: try other calibration pictures, more activation bits or precision=fp32"
         )
 
 

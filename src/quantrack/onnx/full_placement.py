@@ -53,6 +53,7 @@ def place_everywhere(source: Path, target: Path, observed: Mapping[str, Observed
     conv_grids = strip_activation_quantizers(graph)
     if not conv_grids:
         raise QuantrackError(f"{source}: no activation is quantized; full placement needs a W4A8 or W8A8 model")
+    graph.give_own_constants()
     rewrite_unquantized(graph)
     tensors = tensors_to_quantize(graph, conv_grids)
     grids = assign_grids(graph, tensors, conv_grids, observed)

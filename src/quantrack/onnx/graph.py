@@ -63,7 +63,13 @@ class Graph:
         return str(consumers[0].output[0]) if [node.op_type for node in consumers] == ["Relu"] else tensor
 
     def add(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
-        """Add a constant under a name that is free; returns the name."""
+        """Add a constant under a name that is free; returns the name.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self.initializers:
+            raise ValueError(f"{name}: the graph has a constant of this name")
         tensor = numpy_helper.from_array(np.asarray(value), name)
         self.model.graph.initializer.append(tensor)
         self.initializers[name] = tensor
@@ -78,6 +84,17 @@ class Graph:
                 if name in copies:
                     node.input[place] = copies[name].input[0]
         self.replace(node for node in self.nodes if node.output[0] not in copies)
+
+    def give_own_constants(self) -> None:
+        """Let no two DequantizeLinear share weights or their scales, so that each can be rewritten alone."""
+        taken: set[str] = set()
+        for node in self.nodes:
+            if node.op_type != "DequantizeLinear" or node.input[0] not in self.initializers:
+                continue
+            for place, name in enumerate(node.input[:2]):
+                if name in taken:
+                    node.input[place] = self.add(f"{name}/of {node.output[0]}", self.array(name))
+                taken.add(name)
 
     def replace(self, nodes: Iterable[onnx.NodeProto]) -> None:
         """Take copies of these nodes instead, and drop constants that none of them uses."""

@@ -48,8 +48,9 @@ def is_input_scale(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether this multiplies just one convolution's input, or what is quantized for it, by a constant a channel."""
     if node.op_type != "Mul" or node.input[1] not in graph.initializers or node.input[0] in graph.initializers:
         return False
-    shape = graph.array(node.input[1]).shape
-    return len(shape) == 4 and shape[CHANNELS] == np.prod(shape) and _leads_to_convolution(graph, node.output[0])
+    factors = graph.array(node.input[1]).astype(np.float32)
+    one_each = factors.ndim == 4 and factors.shape[CHANNELS] == factors.size and bool((factors > 0).all())
+    return one_each and node.output[0] not in graph.outputs and _leads_to_convolution(graph, node.output[0])
 
 
 def _leads_to_convolution(graph: Graph, name: str) -> bool:
@@ -71,7 +72,7 @@ def _has_to_stay(graph: Graph, node: onnx.NodeProto) -> bool:
         return False
     weights = graph.producers.get(source.input[1])
     own = weights is not None and weights.op_type == "DequantizeLinear" and len(graph.consumers[weights.output[0]]) == 1
-    return not own or len(graph.consumers[node.input[0]]) > 1
+    return not own or len(graph.consumers[node.input[0]]) > 1 or node.input[0] in graph.outputs
 
 
 def _multiply_results(graph: Graph, convolution: onnx.NodeProto, factors: NDArray[np.float32]) -> None:

@@ -111,10 +111,7 @@ def has_integer_convolutions(path: Path) -> bool:
     made_by = {output: node.op_type for node in graph.node for output in node.output}
     relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
     quantizers = {node.input[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
-    constants = {item.name: item for item in graph.initializer}
-    copies = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
-    constants |= {name: constants[source] for name, source in copies.items() if source in constants}
-    constants |= {node.output[0]: item.t for node in graph.node for item in node.attribute if item.name == "value"}
+    constants = _constants(graph)
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     on_integers = 0
     for node in convolutions:
@@ -126,6 +123,18 @@ def has_integer_convolutions(path: Path) -> bool:
         one_scale = scale is not None and math.prod(scale.dims) == 1
         on_integers += one_scale and (activated == node.output[0] or all(_is_lowest(each) for each in zero_point))
     return 2 * on_integers > len(convolutions)
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """What a graph says of values that do not depend on its input: initializers, copies of them, Constant nodes."""
+    found = {item.name: item for item in graph.initializer}
+    for node in graph.node:
+        values = [item.t for item in node.attribute if item.name == "value"] if node.op_type == "Constant" else []
+        if values:
+            found[node.output[0]] = values[0]
+        elif node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
 
 
 def _is_lowest(zero_point: onnx.TensorProto | None) -> bool:
@@ -142,7 +151,7 @@ def sums_can_saturate(path: Path) -> bool:
     Those add the products of two neighbours in 16 bits. Weights of which the file does not say what they are may.
     """
     graph = load_onnx(path).graph
-    constants = {item.name: item for item in graph.initializer}
+    constants = _constants(graph)
     producers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         dequantize = producers.get(node.input[1]) if node.op_type in INTEGER_SUMS else None

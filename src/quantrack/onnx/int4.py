@@ -34,6 +34,7 @@ def store_as_int4(source: Path, target: Path) -> int:
         QuantrackError: no weight is within 4 bits.
     """
     graph = Graph(load_newer(source))
+    graph.give_own_constants()
     packed = 0
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:

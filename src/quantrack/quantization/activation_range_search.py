@@ -30,6 +30,7 @@ from quantrack.quantization.layers import (
     layer_plan,
     quantized_input,
     quantized_layers,
+    require_scales,
     set_activation_range,
 )
 from quantrack.quantization.step_cache import cached, step_keys
@@ -65,6 +66,7 @@ class ActivationRangeSearch:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.activation_bits is None:
             return {}
+        require_scales(job.model, "activation_range_search")
         if not head_levels(job.model):
             say("activation range search: the model has no detection head that Quantrack knows; ranges stay")
             return {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantrack.progress import track
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import quantized_layers, set_bias
+from quantrack.quantization.layers import quantized_layers, require_scales, set_bias
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -29,6 +29,7 @@ class BiasCorrection:
     """Runs last: whatever changes weights or scales afterwards undoes it."""
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        require_scales(job.model, "bias_correction")
         layers = quantized_layers(job.model)
         shifts = {name: torch.zeros(layer.out_channels, device=job.device) for name, layer in layers.items()}
         with ExitStack() as hooks, torch.no_grad():

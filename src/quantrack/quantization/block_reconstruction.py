@@ -24,7 +24,7 @@ from quantrack.progress import track
 from quantrack.quantization.block_walk import BlockWalk
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
-from quantrack.quantization.layers import Bits, clamp_integers, layers_of_block
+from quantrack.quantization.layers import Bits, clamp_integers, layers_of_block, require_scales
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 
 WARM_UP = 0.2  # of the iterations, without a pull towards a decision
@@ -82,6 +82,7 @@ class BlockReconstruction:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         if job.scheme.weight_bits >= 8:
             return {}
+        require_scales(job.model, "block_reconstruction")
         draw = random.Random(job.seed)
         before = after = 0.0
         with (

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from quantrack.detector.blocks import Block, run_block
 from quantrack.detector.heads import head_levels
+from quantrack.errors import memory_problem
 from quantrack.files import atomic_folder, write_json
 from quantrack.progress import say, track
 from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
@@ -35,7 +36,7 @@ from quantrack.quantization.input_columns import drawn_columns, input_columns, m
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
 from quantrack.quantization.state import DAMAGED
-from quantrack.quantization.step_cache import cache_path, forget_oldest, going_on_without, step_keys
+from quantrack.quantization.step_cache import cache_path, can_be_kept, forget_oldest, going_on_without, step_keys
 from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
@@ -101,7 +102,7 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
     enter them, so all modes and bit plans share what is kept. Of a model without a digest nothing is.
     """
     found = _curvatures(job, job.float_model, sampling)
-    if not job.model_digest:
+    if not can_be_kept(job):
         return found
     layers = sorted(quantized_layers(job.model))
     (key,) = step_keys(replace(job, scheme=ANY_MODE, plan=None), [(sampling, layers)])
@@ -110,6 +111,8 @@ def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
         try:
             kept, seconds = _read(folder, layers)
         except DAMAGED as error:
+            if memory_problem(error):  # the files are whole
+                raise
             say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
         else:
             say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
@@ -197,7 +200,10 @@ class _Positions:
         self.generator = torch.Generator().manual_seed(job.seed)
         self.importance: list[dict[str, Tensor]] = []
         self.outputs: dict[str, Tensor] = {}
-        if (sampling.importance_share > 0 or sampling.covariances) and head_levels(job.float_model):
+        wanted = sampling.importance_share > 0 or sampling.covariances
+        if wanted and not head_levels(job.float_model):
+            say("GPTQ: the model has no detection head that Quantrack knows; positions are drawn evenly")
+        elif wanted:
             names = list(quantized_layers(job.model))
             count = job.batch_count * (2 if sampling.mirrored else 1)
             summarize = with_covariance if sampling.covariances else without_covariance

@@ -25,6 +25,7 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.job import QuantizationJob
+from quantrack.quantization.layers import require_scales
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
 
 PAD = PAD_VALUE / 255
@@ -58,6 +59,7 @@ class Distillation:
             raise UsageError("distillation: feature_weight must not be negative; zooms must lie in 0.1..1 and 1..4")
 
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
+        require_scales(job.model, "distillation")
         if not head_levels(job.model):
             raise QuantrackError(
                 "distillation: the model has no detection head that Quantrack knows; leave the step out"

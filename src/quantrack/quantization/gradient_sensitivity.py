@@ -72,10 +72,19 @@ def _mean_square(effects: Tensor, trust: Tensor) -> ChangeErrors:
 
 
 def _trust(norms: Tensor) -> Tensor:
-    """The weight of each projection, from its squared gradient norms, shape [layers, projections]."""
-    usual = norms.median(dim=1, keepdim=True).values.clamp_min(1e-30)
-    size = (norms / usual).mean(dim=0)
-    return 1 / (1 + size / size.median().clamp_min(1e-30))
+    """The weight of each projection, from its squared gradient norms, shape [layers, projections].
+
+    Layers that most projections do not reach say nothing about which are large.
+
+    >>> _trust(torch.tensor([[1.0, 1.0, 3.0], [0.0, 0.0, 1e-3]]))
+    tensor([0.5000, 0.5000, 0.2500])
+    """
+    usual = norms.median(dim=1, keepdim=True).values
+    reached = usual[:, 0] > 0
+    if not reached.any():
+        return torch.ones_like(norms[0])
+    size = (norms[reached] / usual[reached]).mean(dim=0)
+    return 1 / (1 + size / size.median())
 
 
 def _gradients(job: QuantizationJob, names: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:

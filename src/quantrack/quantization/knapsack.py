@@ -139,6 +139,9 @@ def _solved(errors: Matrix, sizes: Matrix, budget: float, known: Choice, gap: fl
 @contextmanager
 def _no_stray_lines() -> Iterator[None]:
     """HiGHS prints a line for each solution that it repairs, asked or not, past Python's own standard output."""
+    if sys.stdout is None:  # it is closed, and its number may be that of another file by now
+        yield
+        return
     c_library = ctypes.CDLL(None)
     sys.stdout.flush()
     c_library.fflush(None)  # what was written before is shown

@@ -219,6 +219,19 @@ def scales_are_set(model: nn.Module) -> bool:
     return bool(scalings) and not any(bool((scaling == UNSET).all()) for scaling in scalings)
 
 
+def require_scales(model: nn.Module, step: str) -> None:
+    """Check that every quantizer has its scale before a step works with it, which would take any number for one.
+
+    Raises:
+        QuantrackError: one has none.
+    """
+    if quantized_layers(model) and not scales_are_set(model):
+        raise QuantrackError(
+            f"recipe: {step}: not every quantizer has a scale yet; put steps such as mse_weight_scales and, for INT8 "
+            "activations, min_max_activation_ranges before it"
+        )
+
+
 def _scalings(layer: QuantizedConvolution) -> list[Tensor]:
     """The parameters that hold a layer's scales."""
     quantizers = [layer.weight_quant]

@@ -53,9 +53,19 @@ STEPS: dict[str, type[Step]] = {
     "fit_pair_sums": FitPairSums,
     "bias_correction": BiasCorrection,
 }
-NEED_STATISTICS = (
-    MinMaxActivationRanges, PercentileActivationRanges, MseActivationRanges, ChannelEqualization,
-)  # fmt: skip
+WEIGHT_SCALES = (MinMaxWeightScales, MseWeightScales, PercentileWeightScales)
+ACTIVATION_RANGES = (MinMaxActivationRanges, PercentileActivationRanges, MseActivationRanges)
+# Which steps need one of which before them, and what to say of it.
+NEEDED: tuple[tuple[tuple[type[Step], ...], tuple[type[Step], ...], str], ...] = (
+    ((*ACTIVATION_RANGES, ChannelEqualization), (ObserveActivations,), "observe_activations"),
+    (
+        (ActivationRangeSearch, Gptq, BlockReconstruction, Distillation, FitPairSums, BiasCorrection),
+        WEIGHT_SCALES,
+        "a step that sets weight scales, such as mse_weight_scales,",
+    ),
+    ((ActivationRangeSearch,), ACTIVATION_RANGES, "a step that sets ranges, such as min_max_activation_ranges,"),
+)
+AFTER_CORRECTION = (BiasCorrection, Distillation)  # which see to the biases themselves
 BEFORE_EQUALIZATION = (PlanBits, InsertQuantizers, ObserveActivations)  # which leave weights and inputs as they are
 CALIBRATED: tuple[Step, ...] = (
     InsertQuantizers(),
@@ -173,20 +183,28 @@ def _require_order(steps: tuple[Step, ...], path: Path) -> None:
         raise UsageError(f"recipe={path}: insert_quantizers: must come first (after plan_bits), and once")
     for place, step in enumerate(rest):
         before = rest[:place]
-        if isinstance(step, NEED_STATISTICS) and not any(isinstance(one, ObserveActivations) for one in before):
-            raise UsageError(f"recipe={path}: {step_name(step)}: put observe_activations before it")
+        for kinds, needed, words in NEEDED:
+            if isinstance(step, kinds) and not any(isinstance(one, needed) for one in before):
+                raise UsageError(f"recipe={path}: {step_name(step)}: put {words} before it")
+        if isinstance(step, ObserveActivations) and any(isinstance(one, ChannelEqualization) for one in before):
+            raise UsageError(f"recipe={path}: observe_activations: put it before channel_equalization")
         too_early = [step_name(one) for one in before if not isinstance(one, BEFORE_EQUALIZATION)]
         if isinstance(step, ChannelEqualization) and too_early:
             raise UsageError(f"recipe={path}: channel_equalization: put it before {', '.join(too_early)}")
 
 
 def _require_correction(steps: tuple[Step, ...], path: Path) -> None:
-    """Centred GPTQ leaves layers' mean outputs to a later step; without one they would stay shifted."""
-    corrected = False
-    for step in reversed(steps):
-        corrected |= isinstance(step, BiasCorrection | BlockReconstruction | Distillation)
-        if isinstance(step, Gptq) and step.centred and not corrected:
-            raise UsageError(f"recipe={path}: gptq: add bias_correction after it, or give it `centred: false`")
+    """Biases are corrected after all that changes weights and scales, which would undo it.
+
+    Centred GPTQ leaves layers' mean outputs to that; without it they would stay shifted.
+    """
+    corrections = [place for place, step in enumerate(steps) if isinstance(step, BiasCorrection)]
+    last = corrections[-1] if corrections else len(steps)
+    undone = [step_name(step) for step in steps[last:] if not isinstance(step, AFTER_CORRECTION)]
+    if undone:
+        raise UsageError(f"recipe={path}: bias_correction: put it after {', '.join(undone)}")
+    if not corrections and any(isinstance(step, Gptq) and step.centred for step in steps):
+        raise UsageError(f"recipe={path}: gptq: add bias_correction after it, or give it `centred: false`")
 
 
 def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:

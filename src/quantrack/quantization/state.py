@@ -14,11 +14,14 @@ import brevitas.config
 import torch
 from torch import Tensor, nn
 
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, memory_problem
 from quantrack.files import atomic_path
 from quantrack.quantization.layers import LayerPlan, insert_quantizers, layer_plans
 
-DAMAGED = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError)
+DAMAGED = (
+    OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError, EOFError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -73,5 +76,7 @@ def read_quantized(path: Path, float_model: nn.Module) -> nn.Module:
     try:
         return model_of_state(torch.load(path, map_location=device, weights_only=True), float_model)
     except DAMAGED as error:
+        if memory_problem(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise QuantrackError(f"{path}: not a quantized state of this model ({reason})") from error

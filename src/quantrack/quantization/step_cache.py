@@ -22,6 +22,7 @@ import torch
 
 from quantrack.cache import CACHE_VARIABLE, cache_folder
 from quantrack.detector.device import has_bfloat16
+from quantrack.errors import memory_problem
 from quantrack.files import atomic_path, code_digests, combined_digest, write_json
 from quantrack.progress import say
 from quantrack.quantization.bit_plan import BitPlan
@@ -64,8 +65,15 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
     return keys
 
 
+def can_be_kept(job: QuantizationJob) -> bool:
+    """Whether a key tells the job's results from those of other models: without a digest it cannot."""
+    return bool(job.model_digest)
+
+
 def save_step(key: str, job: QuantizationJob, reports: Sequence[StepReport]) -> None:
     """Keep the job's state after a step, and the reports so far; the oldest go where room runs out."""
+    if not can_be_kept(job):
+        return
     state = model_state(job.model) | {
         "statistics": {name: astuple(seen) for name, seen in job.statistics.items()},
         "reports": [(report.step, report.seconds, dict(report.figures)) for report in reports],
@@ -94,7 +102,7 @@ def going_on_without(folder: Path) -> Iterator[None]:
 def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
     """Put the job into the state after a step; None, and the job untouched, where it was not kept."""
     path = _path(key)
-    if not path.is_file():
+    if not can_be_kept(job) or not path.is_file():
         return None
     try:
         state = torch.load(path, map_location=job.device, weights_only=True)
@@ -106,6 +114,8 @@ def restore_step(key: str, job: QuantizationJob) -> list[StepReport] | None:
         reports = [StepReport(*report) for report in state["reports"]]
         plan = None if state["plan"] is None else BitPlan(job.model_digest, state["plan"])
     except DAMAGED as error:
+        if memory_problem(error):  # the file is whole
+            raise
         say(f"cached step {path}: cannot be read ({type(error).__name__}); doing it again")
         with suppress(OSError):  # may be, it is only to be read
             path.unlink(missing_ok=True)
@@ -128,8 +138,12 @@ def cached(
 ) -> T:
     """What `measure` gives, measured once for a key; what it took counts in the job either way.
 
+    Of a model without a digest it is measured each time.
+
     `write` turns it into JSON, `read` back; `read` may raise `ValueError`, `KeyError` or `TypeError`.
     """
+    if not can_be_kept(job):
+        return measure()
     path = cache_path(f"{key}.json", kind)
     if path.is_file():
         try:

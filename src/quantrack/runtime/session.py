@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -24,6 +25,7 @@ FULL_NAMES = {
     CPU: "CPUExecutionProvider",
     TENSORRT: "TensorrtExecutionProvider",
 }
+CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 WRONG_OPTIMIZERS = ["Pad_Fusion"]  # makes a Pad with zeros a part of MaxPool, which pads with minus infinity
 OPTIMIZATION = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -221,8 +223,18 @@ def open_profiled(session: Session, prefix: Path) -> ort.InferenceSession:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; ONNX Runtime alone counts the machine's, and its threads then wait."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; ONNX Runtime alone counts the machine's, and its threads then wait."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _quota() or allowed)
+
+
+def _quota() -> int | None:
+    """The cores of a container's share of time, as `docker --cpus` sets it (cgroup v2); None where it has no limit."""
+    try:
+        quota, period = CPU_SHARE.read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # `max`, or no such file
+        return None
 
 
 def _session(path: Path, provider: str, settings: SessionSettings, profile: Path | None = None) -> ort.InferenceSession:

@@ -115,7 +115,7 @@ def add_result(run: Run, name: str, latency_runs: int, *, anew: bool) -> str:
     rows[label(run)] = {
         "name": label(run),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": run.data.tags.get("mlflow.source.git.commit"),
+        "commit": run.data.tags.get("git_commit"),
         "metrics": run.data.metrics,
     }
     path.write_text(json.dumps(context | {"runs": list(rows.values())}, indent=2) + "\n")

@@ -117,7 +117,7 @@ def row(run: Run, float_mb: float) -> dict[str, object]:
     return {
         "name": label,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": tags.get("mlflow.source.git.commit"),
+        "commit": tags.get("git_commit"),
         "session": tags["session_settings"],
         "metrics": metrics | {"file_ratio": metrics["onnx_mb"] / float_mb},
     }

@@ -26,9 +26,12 @@ def test_a_line_is_found_where_it_was_fetched_to(coco_root: Path, tmp_path: Path
     assert [path.name for path in chosen.paths] == ["000000000010.jpg", "000000000030.jpg"]
 
 
-def test_two_lines_do_not_lead_to_one_picture_of_the_same_name(coco_root: Path, tmp_path: Path) -> None:
-    listed = write_list(tmp_path / "list.txt", "site_a/000000000010.jpg", "site_b/000000000010.jpg")
-    with pytest.raises(QuantrackError, match=r"site_a/.* and site_b/.* both lead to .*train2017/000000000010.jpg"):
+@pytest.mark.parametrize("folders", [("site_a", "site_b"), ("site_a", "site_a")])
+def test_two_lines_do_not_lead_to_one_picture(folders: tuple[str, str], coco_root: Path, tmp_path: Path) -> None:
+    one, other = folders
+    listed = write_list(tmp_path / "list.txt", f"{one}/000000000010.jpg", f"{other}/000000000010.jpg")
+    said = rf"{one}/.* and {other}/.* both lead to .*train2017/000000000010.jpg; list each picture once"
+    with pytest.raises(QuantrackError, match=said):
         load_calibration_set(listed, 0, coco_root, seed=0)
 
 

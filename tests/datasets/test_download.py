@@ -368,6 +368,11 @@ def test_a_random_draw_from_a_copy_takes_what_is_there(server: Server, coco_root
         build_from_source(wanted(server, tmp_path, calib_list="random", calib_images=5), coco_root)
 
 
+def test_more_than_the_list_has_is_refused(server: Server, coco_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"calib_images=3: .*list.txt has only 2 pictures; ask for at most 2, or 0"):
+        build_from_source(wanted(server, tmp_path, calib_images=3), coco_root)
+
+
 def test_a_random_draw_has_a_size(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"calib_images=0: .* say how many to draw"):
         wanted(server, tmp_path, calib_list="random", calib_images=0)

@@ -54,6 +54,15 @@ def test_what_ends_the_work_is_one_line_and_the_reason(error: Exception, told: s
     assert re.match(told, ended.data.tags["failure_reason"])
 
 
+def test_what_no_one_expected_leaves_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), tracked_run("test", {}) as run:
+        print(1 / 0)
+    ended = mlflow.get_run(run.info.run_id)
+    assert (ended.info.status, ended.data.tags["failure_reason"]) == ("FAILED", "ZeroDivisionError: division by zero")
+    told = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/traceback.txt")
+    assert "print(1 / 0)" in told
+
+
 def test_a_run_ends_failed_where_its_reason_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs.mlflow, "set_tag", refuses)
     with pytest.raises(QuantrackError, match="no picture"), tracked_run("test", {}) as run:

@@ -58,13 +58,23 @@ def load_calibration_set(calib_list: str, calib_images: int, data_root: Path, se
         drawn = random.Random(seed).sample(available, calib_images or len(available))
         paths = tuple(sorted(drawn))
     else:
-        lines = read_list(Path(calib_list))
-        _check_count(calib_images, len(lines), calib_list)
-        chosen = lines[: calib_images or len(lines)]
+        chosen = first_lines(calib_list, calib_images)
         paths = tuple(_resolve(line, data_root, calib_list) for line in chosen)
         _require_own_pictures(chosen, paths, calib_list)
     digest = combined_digest(f"{path.name} {file_digest(path)}" for path in paths)
     return CalibrationSet(calib_list, paths, digest)
+
+
+def first_lines(calib_list: str, calib_images: int) -> list[str]:
+    """The first lines (0 = all) of a list file.
+
+    Raises:
+        QuantrackError: it is missing or empty, or no text.
+        UsageError: it has fewer.
+    """
+    lines = read_list(Path(calib_list))
+    _check_count(calib_images, len(lines), calib_list)
+    return lines[: calib_images or len(lines)]
 
 
 def read_list(path: Path) -> list[str]:
@@ -95,14 +105,13 @@ def _check_count(asked: int, available: int, source: str) -> None:
 
 
 def _require_own_pictures(lines: list[str], paths: tuple[Path, ...], calib_list: str) -> None:
-    """Lines of folders that are not here must not lead to one picture of the same name."""
+    """No picture may count twice, and lines of folders that are not here lead to one picture of the same name."""
     line_of: dict[Path, str] = {}
     for line, path in zip(lines, paths, strict=True):
-        other = line_of.setdefault(path, line)
-        if Path(other).parts[-2:] != Path(line).parts[-2:]:
-            raise QuantrackError(
-                f"{calib_list}: {other} and {line} both lead to {path}; give the folders' own pictures"
-            )
+        if path in line_of:
+            fix = f"{line_of[path]} and {line} both lead to {path}; list each picture once, by a path of its own"
+            raise QuantrackError(f"{calib_list}: {fix}")
+        line_of[path] = line
 
 
 def _resolve(line: str, data_root: Path, calib_list: str) -> Path:

@@ -98,13 +98,7 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
     """
     annotation_file = data_root / VAL_ANNOTATIONS
     content = read_annotations(data_root, annotation_file)
-    entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
-    if eval_images > len(entries):
-        raise UsageError(
-            f"eval_images={eval_images}: {annotation_file} lists only {len(entries)} pictures; "
-            f"ask for at most {len(entries)}, or 0 for all"
-        )
-    chosen = entries[: eval_images or len(entries)]
+    chosen = first_entries(content, eval_images, annotation_file)
     pictures = tuple(picture_of(entry, data_root / "val2017", annotation_file) for entry in chosen)
     found = annotated_set(data_root, annotation_file, content, pictures, "val")
     if all(box.crowd for box in found.boxes):
@@ -113,6 +107,21 @@ def load_evaluation_set(data_root: Path, eval_images: int) -> EvaluationSet:
             "there is no accuracy to measure; ask for more of them, or 0 for all"
         )
     return found
+
+
+def first_entries(content: dict[str, Any], eval_images: int, annotation_file: Path) -> list[dict[str, Any]]:
+    """The first entries of pictures by id (0 = all) of a parsed annotation file.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
+    if eval_images > len(entries):
+        raise UsageError(
+            f"eval_images={eval_images}: {annotation_file} lists only {len(entries)} pictures; "
+            f"ask for at most {len(entries)}, or 0 for all"
+        )
+    return entries[: eval_images or len(entries)]
 
 
 def annotated_set(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 
-from quantrack.datasets.calibration import RANDOM, read_list
-from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, read_annotations
+from quantrack.datasets.calibration import RANDOM, first_lines
+from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, first_entries, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
 from quantrack.datasets.picture_size import looks_like_picture
 from quantrack.datasets.pictures import content_problem, pictures_in
@@ -122,15 +122,12 @@ def wanted_pictures(settings: DownloadSettings, root: Path, drawable: Callable[[
     `drawable` names the train pictures that `calib_list=random` draws from.
     """
     annotation_file = root / VAL_ANNOTATIONS
-    images = sorted(read_annotations(root, annotation_file)["images"], key=lambda entry: int(entry["id"]))
-    if settings.eval_images > len(images):
-        raise UsageError(f"eval_images={settings.eval_images}: {annotation_file} lists only {len(images)} pictures")
-    evaluated = [_file_name(entry, annotation_file) for entry in images[: settings.eval_images or len(images)]]
+    entries = first_entries(read_annotations(root, annotation_file), settings.eval_images, annotation_file)
+    evaluated = [_file_name(entry, annotation_file) for entry in entries]
     if settings.calib_list == RANDOM:
         calibrating = _drawn(settings, drawable())
     else:
-        lines = read_list(Path(settings.calib_list))
-        calibrating = [Path(line).name for line in lines[: settings.calib_images or len(lines)]]
+        calibrating = [Path(line).name for line in first_lines(settings.calib_list, settings.calib_images)]
     paths = [f"val2017/{name}" for name in evaluated] + [f"train2017/{name}" for name in calibrating]
     return list(dict.fromkeys(paths))
 

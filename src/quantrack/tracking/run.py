@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import mlflow
 from mlflow.entities import Run
@@ -72,6 +73,9 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         raise
     except Exception as error:
         told = store_problem(error) if isinstance(error, mlflow.MlflowException) else memory_problem(error)
+        if not told:
+            with suppress(Exception):  # what went wrong first is what is told
+                mlflow.log_text(traceback.format_exc(), "traceback.txt")
         _end("FAILED", told or f"{type(error).__name__}: {error}")
         if told:
             raise QuantrackError(told) from error

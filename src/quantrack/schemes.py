@@ -14,6 +14,12 @@ from quantrack.errors import UsageError
 HEADS = ONE2ONE, ONE2MANY = "one2one", "one2many"
 """Which predictions of a detector are exported: one for each object, or many, which NMS then thins out."""
 
+ACTIVATION_LEVELS = 255
+"""Steps of an 8-bit grid, from its lowest to its highest value."""
+
+MAX_DETECTIONS = 300
+"""Of a picture, as Ultralytics' heads and its validation have it."""
+
 MAX_PAIR_SUM = 128
 """Two neighbouring weights of one sign may sum up to this: times 255 is the most that 16 bits hold."""
 

@@ -1,5 +1,9 @@
 """Quantizers everywhere: which tensors, which grids, and that ONNX Runtime makes integer kernels of them."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -610,10 +614,38 @@ def test_grids():
     assert Grid.over(3.0, 5.0).low == 0.0  # zero is always on the grid
     assert Grid.over(0.0, 0.0).scale > 0
     groups = Groups(["a", "b", "c"])
+    groups.set_grid("a", Grid(1.0, 0))
+    groups.set_grid("b", Grid(2.0, 0))
     groups.join("a", "b")
-    assert groups.root("a") == groups.root("b") != groups.root("c")
+    assert groups.grid("a") == groups.grid("b") == Grid(2.0, 0)
+    assert groups.grid("c") is None
     groups.join("a", "elsewhere")
-    assert [members for _, members in groups] == [["a", "b"], ["c"]]
+    assert list(groups) == [["a", "b"], ["c"]]
+    assert groups.of("b") == ["a", "b"]
+
+
+PLACED = """
+import json, sys
+from pathlib import Path
+from quantrack.onnx.activation_grid import ObservedRange
+from quantrack.onnx.full_placement import place_everywhere
+source, target, ranges = sys.argv[1:]
+place_everywhere(Path(source), Path(target), {n: ObservedRange(*ends) for n, ends in json.loads(ranges).items()})
+"""
+
+
+def test_the_same_bytes_in_every_process(small, observed, tmp_path):
+    """In each, sets of names have another order."""
+    ranges = json.dumps({name: (seen.minimum, seen.maximum) for name, seen in observed.items()})
+    contents = set()
+    for seed in ("1", "2"):
+        target = tmp_path / f"{seed}.onnx"
+        source = small.files("w8a8", placement="full").optimized
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+        command = [sys.executable, "-c", PLACED, str(source), str(target), ranges]
+        subprocess.run(command, env=environment, check=True)
+        contents.add(target.read_bytes())
+    assert len(contents) == 1
 
 
 def test_what_relu_reads_is_not_quantized(tmp_path: Path) -> None:

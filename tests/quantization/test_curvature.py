@@ -17,7 +17,8 @@ from torch import nn
 
 from quantrack.cache import cache_folder
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.curvature import KEPT, Curvature, Sampling, _Positions, float_curvatures
+from quantrack.quantization.curvature import Curvature, Sampling, _Positions
+from quantrack.quantization.curvature_cache import KEPT, float_curvatures
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.job import QuantizationJob
@@ -122,7 +123,7 @@ def test_a_cache_that_cannot_be_written_changes_nothing(
     elif fails_at == "a file":
         monkeypatch.setattr(torch, "save", full_after(0))
     else:
-        monkeypatch.setattr("quantrack.quantization.curvature.write_json", no_room)
+        monkeypatch.setattr("quantrack.quantization.curvature_cache.write_json", no_room)
     for _ in range(2):
         again, runs = passes(known(make_job))
         assert runs > 0

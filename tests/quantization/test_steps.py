@@ -25,7 +25,8 @@ from quantrack.quantization.coordinate_descent import (
     refined_jointly,
     restoring_gain,
 )
-from quantrack.quantization.curvature import float_curvatures, layers_at_a_time
+from quantrack.quantization.curvature import layers_at_a_time
+from quantrack.quantization.curvature_cache import float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.insert_quantizers import InsertQuantizers, average_stored_bits, average_weight_bits
 from quantrack.quantization.job import QuantizationJob

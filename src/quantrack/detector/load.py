@@ -19,9 +19,7 @@ from quantrack.detector.selection import select_before_decoding
 from quantrack.detector.ultralytics_setup import prepare
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
-from quantrack.schemes import HEADS, ONE2MANY, ONE2ONE
-
-MAX_DETECTIONS = 300
+from quantrack.schemes import HEADS, MAX_DETECTIONS, ONE2MANY, ONE2ONE
 
 
 @dataclass(frozen=True)

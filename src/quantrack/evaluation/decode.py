@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 from quantrack.datasets.pictures import Letterbox
 from quantrack.errors import NotFiniteError, QuantrackError
 from quantrack.evaluation.types import Detection
-from quantrack.schemes import ONE2MANY, ONE2ONE
+from quantrack.schemes import MAX_DETECTIONS, ONE2MANY, ONE2ONE
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class NmsSettings:
 
     confidence: float = 0.001
     iou: float = 0.7
-    max_detections: int = 300
+    max_detections: int = MAX_DETECTIONS
     max_candidates: int = 30000
 
 

@@ -22,7 +22,7 @@ from quantrack.runtime.machine_load import OtherLoad, watch_other_load
 from quantrack.runtime.parity import Network, Parity, measure_parity, torch_network
 from quantrack.runtime.placement import Placement, measure_placement
 from quantrack.runtime.session import Session, SessionSettings
-from quantrack.schemes import ONE2MANY, ONE2ONE
+from quantrack.schemes import MAX_DETECTIONS, ONE2MANY, ONE2ONE
 
 PARITY_PICTURES = 8
 
@@ -153,13 +153,13 @@ def require_output(session: Session, head: str, evaluation_set: EvaluationSet) -
     """
     shape = session.output_shape
     one2many = (1, 4 + len(evaluation_set.categories))
-    if len(shape) == 3 and shape[2] == 6 and shape[1] <= 300:
+    if len(shape) == 3 and shape[2] == 6 and shape[1] <= MAX_DETECTIONS:
         actual = ONE2ONE
     elif shape[:2] == one2many:
         actual = ONE2MANY
     else:
         raise QuantrackError(
-            f"onnx={session.path}: output {list(shape)} is neither [1, 300, 6] nor "
+            f"onnx={session.path}: output {list(shape)} is neither [1, {MAX_DETECTIONS}, 6] nor "
             f"[1, {one2many[1]}, anchors] for {len(evaluation_set.categories)} classes"
         )
     if actual != head:

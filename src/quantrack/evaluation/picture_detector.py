@@ -17,9 +17,9 @@ from quantrack.evaluation.decode import NmsSettings, decode
 from quantrack.evaluation.types import Detection
 from quantrack.onnx.inspect import ModelFacts, read_facts
 from quantrack.runtime.session import Session, open_session
+from quantrack.schemes import MAX_DETECTIONS
 
 CONFIDENCE = 0.25
-MAX_DETECTIONS = 300
 MAX_PIXELS = 100_000_000  # decoded, such a picture takes 300 MB
 _SHOWN = 60  # characters of a wrong text that an error repeats
 

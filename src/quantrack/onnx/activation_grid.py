@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LEVELS = 255
+from quantrack.schemes import ACTIVATION_LEVELS
+
 SCORES_FROM = -8.0  # a class score below sigmoid(-8) = 0.0003 is no detection
 SILU_FROM = -5.0  # SiLU is within 0.034 of zero below
 
@@ -36,7 +37,7 @@ class Grid:
         Grid(scale=1.0, zero_point=51)
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = max((high - low) / LEVELS, 1e-8)
+        scale = max((high - low) / ACTIVATION_LEVELS, 1e-8)
         return cls(scale, round(-low / scale))
 
     @property
@@ -45,11 +46,11 @@ class Grid:
 
     @property
     def high(self) -> float:
-        return (LEVELS - self.zero_point) * self.scale
+        return (ACTIVATION_LEVELS - self.zero_point) * self.scale
 
     @property
     def width(self) -> float:
-        return LEVELS * self.scale
+        return ACTIVATION_LEVELS * self.scale
 
     def constants(self) -> Mapping[str, NDArray[np.generic]]:
         """Scale and zero point as ONNX stores them."""

@@ -30,45 +30,50 @@ def assign_grids(
     conv_inputs: Mapping[str, ConvInput],
     observed: Mapping[str, ObservedRange],
 ) -> dict[str, Grid]:
-    """A grid for every tensor; tensors that hold the same values share one.
+    """A grid for every tensor, in four steps.
 
-    An operand of Concat takes over the result's grid where its own range is at least `ALIGN_SHARE` of it.
-    Values are then copied; other operands keep their finer grid and are requantized.
+    1. Tensors that hold the same values form a group, which has one grid.
+    2. What calibrated convolutions read has their grid; the one that covers theirs where several read it.
+    3. All others have the range that was observed, where all of it matters (`_observed_grid`).
+    4. Operands of a Concat take over the result's grid where their own range is at least `ALIGN_SHARE` of it: values
+       are then copied; other operands keep their finer grid and are requantized. So do the head's levels.
     """
     groups = Groups(tensors)
     for node in graph.nodes:
         if node.op_type in SAME_GRID:
             for output in node.output:
                 groups.join(node.input[0], output)
+    for conv_input in conv_inputs.values():
+        known = groups.grid(conv_input.tensor)
+        groups.set_grid(conv_input.tensor, covering(known, conv_input.grid) if known else conv_input.grid)
+    _take_observed(graph, groups, observed)
+    _align_concatenations(graph, groups)
+    _align_outputs(graph, groups)
+    return groups.grids()
+
+
+def _take_observed(graph: Graph, groups: Groups, observed: Mapping[str, ObservedRange]) -> None:
+    """Give each group without a grid its own, backwards: what SiLU takes need not reach further than what it gives."""
     order = {output: place for place, node in enumerate(graph.nodes, 1) for output in node.output}
     order |= {item.name: 0 for item in graph.model.graph.input}
-    calibrated: dict[str, Grid] = {}
-    for conv_input in conv_inputs.values():
-        root = groups.root(conv_input.tensor)
-        known = calibrated.get(root)
-        calibrated[root] = conv_input.grid if known is None else covering(known, conv_input.grid)
-    by_root: dict[str, Grid] = {}
-    # backwards, as what SiLU takes need not reach further than what it gives
-    for root, members in sorted(groups, key=lambda group: -max(order[name] for name in group[1])):
-        by_root[root] = calibrated.get(root) or _observed_grid(graph, members, observed, groups, by_root)
-    _align_concatenations(graph, groups, by_root)
-    _align_outputs(graph, groups, by_root)
-    return {tensor: by_root[groups.root(tensor)] for tensor in tensors}
+    for members in sorted(groups, key=lambda members: -max(order[name] for name in members)):
+        if groups.grid(members[0]) is None:
+            groups.set_grid(members[0], _observed_grid(graph, members, observed, groups))
 
 
-def _align_concatenations(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> None:
+def _align_concatenations(graph: Graph, groups: Groups) -> None:
     """Join operands of Concat to its result where that costs them less than a bit."""
     for node in graph.nodes:
         result = node.output[0]
         if node.op_type != "Concat" or result not in groups:
             continue
         for operand in filter(groups.__contains__, node.input):  # others stay float
-            own, whole = by_root[groups.root(operand)], by_root[groups.root(result)]
+            own, whole = groups.known_grid(operand), groups.known_grid(result)
             together = covering(own, whole)
             from_relu = any(_is_relu(graph, name) for name in (*groups.of(operand), *groups.of(result)))
             if own.width >= ALIGN_SHARE * whole.width and not (together.zero_point and from_relu):
-                root = groups.join(operand, result)
-                by_root[root] = together
+                groups.join(operand, result)
+                groups.set_grid(result, together)
 
 
 def _is_relu(graph: Graph, tensor: str) -> bool:
@@ -76,7 +81,7 @@ def _is_relu(graph: Graph, tensor: str) -> bool:
     return tensor in graph.producers and graph.producers[tensor].op_type == "Relu"
 
 
-def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> None:
+def _align_outputs(graph: Graph, groups: Groups) -> None:
     """Give the head's levels one grid where float operators concatenate them, so that integers can be.
 
     All of them or none: with a level left out nothing is gained.
@@ -85,11 +90,12 @@ def _align_outputs(graph: Graph, groups: Groups, by_root: dict[str, Grid]) -> No
         sources = [_unmoved(graph, name) for name in node.input] if node.op_type == "Concat" else []
         if not sources or node.output[0] in groups or not all(source in groups for source in sources):
             continue
-        own = [by_root[groups.root(source)] for source in sources]
+        own = [groups.known_grid(source) for source in sources]
         whole = reduce(covering, own)
         if all(grid.width >= ALIGN_SHARE * whole.width for grid in own):
             for source in sources:
-                by_root[groups.join(source, sources[0])] = whole
+                groups.join(source, sources[0])
+            groups.set_grid(sources[0], whole)
 
 
 def _unmoved(graph: Graph, tensor: str) -> str:
@@ -103,7 +109,6 @@ def _observed_grid(
     members: Sequence[str],
     observed: Mapping[str, ObservedRange],
     groups: Groups,
-    by_root: Mapping[str, Grid],
 ) -> Grid:
     """The grid of tensors that no calibrated convolution reads: their observed range, where all of it matters.
 
@@ -117,7 +122,7 @@ def _observed_grid(
     results = {result for name in members if (result := _silu_result(graph, name))}
     if len(results) == 1 and len(members) == 1:
         result = results.pop()
-        known = by_root.get(groups.root(result)) if result in groups else None
+        known = groups.grid(result) if result in groups else None
         return Grid.over(max(low, SILU_FROM), min(high, known.high) if known else high)
     if any(_feeds_sigmoid(graph, name) for name in members):
         low = max(low, SCORES_FROM)
@@ -140,32 +145,52 @@ def _feeds_sigmoid(graph: Graph, tensor: str) -> bool:
 
 
 class Groups:
-    """Tensors in groups that can be joined (union-find); iterating gives each root with its members."""
+    """Tensors in groups that can be joined (union-find), each with a grid once it has been given one.
+
+    Iterating gives the members of each group.
+    """
 
     def __init__(self, tensors: Iterable[str]) -> None:
-        self._parent = {tensor: tensor for tensor in tensors}
+        self._parent = {tensor: tensor for tensor in sorted(tensors)}  # the same order in every process
+        self._grids: dict[str, Grid] = {}  # by root
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._parent
 
-    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+    def __iter__(self) -> Iterator[list[str]]:
         members: dict[str, list[str]] = {}
-        for tensor in sorted(self._parent):
-            members.setdefault(self.root(tensor), []).append(tensor)
-        return iter(members.items())
+        for tensor in self._parent:
+            members.setdefault(self._root(tensor), []).append(tensor)
+        return iter(members.values())
 
     def of(self, tensor: str) -> list[str]:
         """The tensors of a tensor's group, itself among them."""
-        return [other for other in self._parent if self.root(other) == self.root(tensor)]
+        return [other for other in self._parent if self._root(other) == self._root(tensor)]
 
-    def root(self, tensor: str) -> str:
+    def join(self, one: str, other: str) -> None:
+        """Make one group of two, with the grid of the second's. Tensors that are in no group are left alone."""
+        if one in self._parent and other in self._parent and self._root(one) != self._root(other):
+            self._grids.pop(self._root(one), None)
+            self._parent[self._root(one)] = self._root(other)
+
+    def grid(self, tensor: str) -> Grid | None:
+        """The grid of a tensor's group; None where it has none yet."""
+        return self._grids.get(self._root(tensor))
+
+    def known_grid(self, tensor: str) -> Grid:
+        """The grid of a tensor's group, which has one."""
+        return self._grids[self._root(tensor)]
+
+    def set_grid(self, tensor: str, grid: Grid) -> None:
+        """Give a tensor's group this grid in the place of the one that it has, if any."""
+        self._grids[self._root(tensor)] = grid
+
+    def grids(self) -> dict[str, Grid]:
+        """The grid of every tensor."""
+        return {tensor: self.known_grid(tensor) for tensor in self._parent}
+
+    def _root(self, tensor: str) -> str:
         """The tensor that stands for a tensor's group."""
         while self._parent[tensor] != tensor:
             tensor = self._parent[tensor]
         return tensor
-
-    def join(self, one: str, other: str) -> str:
-        """Make one group of two; returns its root. Tensors that are in no group are left alone."""
-        if one in self._parent and other in self._parent:
-            self._parent[self.root(one)] = self.root(other)
-        return self.root(other) if other in self._parent else one

@@ -12,8 +12,8 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import layer_plan, quantized_layers, set_activation_range
+from quantrack.schemes import ACTIVATION_LEVELS
 
-LEVELS = 255  # steps of an 8-bit grid
 Range = tuple[float, float]
 
 
@@ -79,9 +79,9 @@ class MseActivationRanges:
 
     def range(self, seen: ActivationStatistics, activation: str | None) -> Range:
         """Both ends shrink together; they hold 0 in any case, and are equally far from it for a symmetric grid."""
-        low, high, levels = min(seen.minimum, 0.0), max(seen.maximum, 0.0), LEVELS
+        low, high, levels = min(seen.minimum, 0.0), max(seen.maximum, 0.0), ACTIVATION_LEVELS
         if activation == "symmetric":
-            low, high, levels = -max(-low, high), max(-low, high), LEVELS - 1
+            low, high, levels = -max(-low, high), max(-low, high), ACTIVATION_LEVELS - 1
         shrinks = torch.linspace(1.0, self.smallest_shrink, self.candidates).tolist()
         errors = [rounding_error(seen.sample, low * shrink, high * shrink, levels) for shrink in shrinks]
         best = shrinks[min(range(len(errors)), key=errors.__getitem__)]

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.progress import track
-from quantrack.quantization.activation_ranges import LEVELS
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import (
     INT8_BITS,
@@ -41,6 +40,7 @@ from quantrack.quantization.layers import (
     shaped,
     weight_range,
 )
+from quantrack.schemes import ACTIVATION_LEVELS
 
 RATE = 0.04  # Adam's, of the logarithms of s, falling to zero
 ADAM = (0.9, 0.999, 1e-8)  # its decays and its least denominator, as PyTorch sets them
@@ -172,11 +172,11 @@ class LayerError:
             ends = [(low == lowest, -lowest), (high == highest, highest)]
         else:
             ends = [(high == highest, 2 * highest) if highest >= -lowest else (low == lowest, -2 * lowest)]
-        step = sum(length for _, length in ends) / LEVELS
+        step = sum(length for _, length in ends) / ACTIVATION_LEVELS
         weights = self.importance * np.square(divisors)
         gradient = 2 * np.square(step) * weights
         for largest, length in ends:
-            gradient -= 2 * step * weights.sum() * length / LEVELS * largest / largest.sum()
+            gradient -= 2 * step * weights.sum() * length / ACTIVATION_LEVELS * largest / largest.sum()
         return float(np.square(step) * weights.sum() / 12), gradient / 12
 
     def of_weights(self, divisors: Array) -> tuple[float, Array]:

@@ -2,7 +2,7 @@
 
 The network is walked once, block by block: a block's Hessians are summed while its input batches stream by. Two
 passes over the pictures, one to look and one to go on, and one forward and backward pass for the importance of
-positions, however many layers there are. Those of the float network are kept on disk, for all modes and bit plans.
+positions, however many layers there are. Those of the float network are kept on disk (`curvature_cache`).
 
 What is new here for detectors: the positions that a Hessian is made of are drawn by how much an error there reaches
 the detections (`importance`), as nearly all of a picture is background.
@@ -10,33 +10,23 @@ the detections (`importance`), as nearly all of a picture is background.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quantrack.detector.blocks import Block, run_block
 from quantrack.detector.heads import head_levels
-from quantrack.errors import memory_problem
-from quantrack.files import atomic_folder, write_json
 from quantrack.progress import say, track
 from quantrack.quantization.block_walk import BYTES_PER_GB, BlockWalk
 from quantrack.quantization.importance import output_importance, with_covariance, without_covariance
 from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
-from quantrack.quantization.state import DAMAGED
-from quantrack.quantization.step_cache import cache_path, can_be_kept, forget_oldest, going_on_without, step_keys
 from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
@@ -95,45 +85,13 @@ class Curvature:
 Curvatures = Iterator[Mapping[str, Curvature]]
 
 
-def float_curvatures(job: QuantizationJob, sampling: Sampling) -> Curvatures:
-    """Curvatures by layer name, a few layers at a time in network order, of the inputs in the float network.
+def curvatures_of(job: QuantizationJob, model: nn.Module, sampling: Sampling) -> Curvatures:
+    """Curvatures by layer name, a few layers at a time in network order, of the inputs in `model`.
 
-    It is walked once for the same model, pictures, settings and code: neither the job's weights nor its activations
-    enter them, so all modes and bit plans share what is kept. Of a model without a digest nothing is.
+    That is the job's float network, or its own: of that layers are to be rounded before the next are asked for, as
+    later ones see what they give. A Hessian takes 4 bytes * groups * (inputs per group)^2: a block is looked at as
+    often as the memory needs.
     """
-    found = _curvatures(job, job.float_model, sampling)
-    if not can_be_kept(job):
-        return found
-    layers = sorted(quantized_layers(job.model))
-    (key,) = step_keys(replace(job, scheme=ANY_MODE, plan=None), [(sampling, layers)])
-    folder = cache_path(key, "curvatures")
-    if folder.is_dir():
-        try:
-            kept, seconds = _read(folder, layers)
-        except DAMAGED as error:
-            if memory_problem(error):  # the files are whole
-                raise
-            say(f"cached curvatures {folder}: cannot be read ({type(error).__name__}); measuring again")
-        else:
-            say(f"GPTQ: curvatures of {len(layers)} layers (from the cache)")
-            with suppress(OSError):  # forgotten by another process since, or only to be read; what was read stays
-                os.utime(folder)
-            job.cached_time.count(key, seconds)
-            return ({name: one.to(job.device) for name, one in of.items()} for of in kept)
-    job.cached_time.count(key, 0.0)
-    return _kept(found, folder)
-
-
-def curvatures_so_far(job: QuantizationJob, sampling: Sampling) -> Curvatures:
-    """As `float_curvatures`, of the inputs in the job's own network; never kept.
-
-    Layers are to be rounded before the next are asked for, as later ones see what they give.
-    """
-    return _curvatures(job, job.model, sampling)
-
-
-def _curvatures(job: QuantizationJob, model: nn.Module, sampling: Sampling) -> Curvatures:
-    """A Hessian takes 4 bytes * groups * (inputs per group)^2: a block is looked at as often as the memory needs."""
     positions = _Positions(sampling, job)
     with BlockWalk(model, sampling.batches(job), job.device, sampling.memory_gb) as walk:
         for block in track(walk.blocks, "GPTQ"):
@@ -144,52 +102,6 @@ def _curvatures(job: QuantizationJob, model: nn.Module, sampling: Sampling) -> C
                     found = _collect(walk, block, names, positions)
                 yield found
             walk.advance(block)
-
-
-def _kept(found: Curvatures, folder: Path) -> Curvatures:
-    """What is found, and a copy of it on disk once all of it was asked for."""
-    with ExitStack() as stack:
-        target: Path | None = None
-        with going_on_without(folder.parent):
-            target = stack.enter_context(atomic_folder(folder))
-        seconds, count, began = 0.0, 0, time.perf_counter()
-        for count, by_name in enumerate(found, 1):
-            seconds += time.perf_counter() - began  # and not what is done with it
-            parts = {name: vars(curvature) for name, curvature in by_name.items()}
-            if target is not None:
-                target = _written(target, partial(torch.save, parts, target / f"{count}.pt"))
-            yield by_name
-            began = time.perf_counter()
-        if target is not None:
-            target = _written(target, partial(write_json, target / KEPT, {"files": count, "seconds": seconds}))
-    if target is not None:
-        with going_on_without(folder.parent):
-            forget_oldest(folder.parent, keep=folder)
-
-
-def _written(folder: Path, write: Callable[[], object]) -> Path | None:
-    """The folder with one file more; None, and no folder, where it cannot be written."""
-    with going_on_without(folder.parent):
-        write()
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
-def _read(folder: Path, layers: list[str]) -> tuple[list[dict[str, Curvature]], float]:
-    """All of a kept walk, which lies in the files until it is used, and the seconds that it took.
-
-    Raises:
-        ValueError: it is not of these layers.
-    """
-    kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
-    files = [
-        torch.load(folder / f"{place}.pt", map_location="cpu", weights_only=True, mmap=True)
-        for place in range(1, kept["files"] + 1)
-    ]
-    if sorted(name for file in files for name in file) != layers:
-        raise ValueError(f"{folder}: other layers")
-    return [{name: Curvature(**parts) for name, parts in file.items()} for file in files], float(kept["seconds"])
 
 
 class _Positions:
@@ -240,35 +152,45 @@ class _Positions:
         return share * found.flatten() / total + (1 - share) / available
 
 
+class _Sums:
+    """Of one layer's input columns over the batches, each picture counting alike; the last batch may be smaller."""
+
+    def __init__(self) -> None:
+        self.pictures = 0
+        self.inputs = self.drawn_mean = self.mean = torch.zeros(())
+
+    def add(self, pictures: int, columns: Tensor, weights: Tensor | None, mean: Tensor) -> None:
+        """The columns [G, D, P] that were drawn from a batch, how much each counts, and the mean of all [G, D]."""
+        weighed = columns if weights is None else columns * weights
+        self.inputs = self.inputs + pictures * (weighed @ columns.transpose(1, 2) / columns.shape[2])
+        self.drawn_mean = self.drawn_mean + pictures * weighed.mean(dim=2)
+        self.mean = self.mean + pictures * mean
+        self.pictures += pictures
+
+    def curvature(self, outputs: Tensor | None) -> Curvature:
+        """Of all that was added."""
+        count = self.pictures
+        return Curvature(self.inputs / count, self.drawn_mean / count, self.mean / count, outputs)
+
+
 @torch.no_grad()
 def _collect(walk: BlockWalk, block: Block, names: list[str], positions: _Positions) -> dict[str, Curvature]:
     """Of the named layers of one block, from one look at all of its input batches."""
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    pictures: Counter[str] = Counter()
-    current = 0
+    sums = {name: _Sums() for name in names}
+    batch = 0  # of which the block is run; the hooks read it
 
     def collect(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
         x = quantized_input(layer, inputs[0]) if isinstance(layer, QuantizedConvolution) else inputs[0]
-        columns, weights = positions.of(name, current, x, layer)
-        weighed = columns if weights is None else columns * weights
-        means = weighed @ columns.transpose(1, 2) / columns.shape[2], weighed.mean(dim=2), mean_column(x, layer)
-        inputs_sum, drawn_sum, sum_ = (len(x) * mean for mean in means)  # the last batch may be smaller
-        before = sums.get(name, (0, 0, 0))
-        sums[name] = before[0] + inputs_sum, before[1] + drawn_sum, before[2] + sum_
-        pictures[name] += len(x)
+        sums[name].add(len(x), *positions.of(name, batch, x, layer), mean_column(x, layer))
 
     with ExitStack() as hooks:
         for name in names:
             hook = partial(collect, name)
             hooks.enter_context(walk.model.get_submodule(name).register_forward_pre_hook(hook))
-        for current in range(walk.batch_count):
-            run_block(walk.model, block, walk.inputs(block, current))
-    found = {}
-    for name, of in sums.items():
-        inputs, drawn_mean, mean = (one / pictures[name] for one in of)
-        found[name] = Curvature(inputs, drawn_mean, mean, positions.outputs.get(name))
-    return found
+        for batch in range(walk.batch_count):
+            run_block(walk.model, block, walk.inputs(block, batch))
+    return {name: of.curvature(positions.outputs.get(name)) for name, of in sums.items() if of.pictures}
 
 
 def layers_at_a_time(layers: Mapping[str, QuantizedConvolution], memory_gb: float) -> Iterator[list[str]]:

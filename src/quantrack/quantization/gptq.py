@@ -23,7 +23,8 @@ from quantrack.quantization.coordinate_descent import (
     restoring_gain,
     towards_diagonal,
 )
-from quantrack.quantization.curvature import Curvature, Sampling, curvatures_so_far, float_curvatures
+from quantrack.quantization.curvature import Curvature, Curvatures, Sampling, curvatures_of
+from quantrack.quantization.curvature_cache import float_curvatures
 from quantrack.quantization.fit_pair_sums import SMALLEST_RAISE, is_depthwise, largest_pair
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import (
@@ -105,12 +106,17 @@ class Gptq:
     def apply(self, job: QuantizationJob) -> Mapping[str, float]:
         before = after = 0.0
         layers = quantized_layers(job.model)
-        walk = float_curvatures if self.inputs == "float" else curvatures_so_far
-        for by_name in walk(job, self.sampling):
+        for by_name in self.curvatures(job):
             for name, curvature in by_name.items():
                 errors = self.round_layer(layers[name], curvature)
                 before, after = before + errors[0], after + errors[1]
         return {"error_before": before, "error_after": after}
+
+    def curvatures(self, job: QuantizationJob) -> Curvatures:
+        """Of the network that the inputs are taken from."""
+        if self.inputs == "float":
+            return float_curvatures(job, self.sampling)
+        return curvatures_of(job, job.model, self.sampling)
 
     @property
     def sampling(self) -> Sampling:

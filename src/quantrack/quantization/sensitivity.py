@@ -22,7 +22,8 @@ from quantrack.detector.roles import Role, convolution_roles
 from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.quantization.bit_plan import OFFERED_BITS, BitPlan, LayerBits, LayerCost, require_choice, solve_bits
-from quantrack.quantization.curvature import Curvature, float_curvatures
+from quantrack.quantization.curvature import Curvature
+from quantrack.quantization.curvature_cache import float_curvatures
 from quantrack.quantization.gptq import Gptq, grouped
 from quantrack.quantization.gradient_sensitivity import ChangeErrors, LayerChange, gradient_errors
 from quantrack.quantization.insert_quantizers import InsertQuantizers

@@ -16,8 +16,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
 
-from quantrack.evaluation.picture_detector import CONFIDENCE, MAX_DETECTIONS
+from quantrack.evaluation.picture_detector import CONFIDENCE
 from quantrack.runtime.session import CPU, CUDA, FULL_NAMES
+from quantrack.schemes import MAX_DETECTIONS
 
 LOADER = "quantrack.tracking.served_model"
 PACKAGE = Path(__file__).resolve().parents[1]

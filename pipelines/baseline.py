@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import quantrack.program  # noqa: F401
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.load import load_detector
 from quantrack.entry import run_entry_point

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import quantrack.program  # noqa: F401
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import measure_speed
 from quantrack.onnx.inspect import file_facts

@@ -7,6 +7,7 @@ from functools import partial
 from baseline import baseline
 from ptq import ptq
 
+import quantrack.program  # noqa: F401
 from quantrack.comparison.runs import comparable_groups
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.coco import load_evaluation_set

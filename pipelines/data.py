@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import quantrack.program  # noqa: F401
 from quantrack.datasets.download import build_from_source, download_coco
 from quantrack.entry import run_entry_point
 from quantrack.settings import DataSettings

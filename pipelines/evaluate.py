@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import quantrack.program  # noqa: F401
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.entry import run_entry_point
 from quantrack.evaluation.measure import prove, require_output, require_same_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import quantrack.program  # noqa: F401
 from quantrack.comparison.gates import choose_best, judge, off_gates, require_comparable
 from quantrack.comparison.model_card import family_description, model_card
 from quantrack.entry import run_entry_point

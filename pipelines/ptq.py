@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import quantrack.program  # noqa: F401
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.coco import load_evaluation_set
 from quantrack.detector.device import resolve_device

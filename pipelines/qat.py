@@ -9,6 +9,7 @@ from pathlib import Path
 from ptq import ptq
 from torch import nn
 
+import quantrack.program  # noqa: F401
 from quantrack.datasets.calibration import CalibrationSet, load_calibration_set
 from quantrack.datasets.coco import EvaluationSet, load_evaluation_set, require_same_categories
 from quantrack.datasets.training import TrainingPictures, load_training_pictures

@@ -12,6 +12,7 @@ from evaluate import evaluate
 from ptq import ptq
 from qat import qat
 
+import quantrack.program  # noqa: F401
 from quantrack.cache import fresh_cache
 from quantrack.entry import run_entry_point
 from quantrack.errors import QuantrackError

@@ -1,30 +1,82 @@
 """What stops a command."""
 
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import mlflow
 import pytest
+from command import ROOT, use_store
 
-from quantrack.entry import _interruptible
+from quantrack.interrupts import INTERRUPTS, interruptible
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """Those of a program's start, whatever whoever runs the tests has this process ignore."""
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
 def test_signals_interrupt_and_are_given_back(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_DFL)  # which whoever runs the tests may have it ignore
-    try:
-        with _interruptible():
-            pass
-        assert signal.getsignal(number) is signal.SIG_DFL
-        with pytest.raises(KeyboardInterrupt), _interruptible():
-            signal.raise_signal(number)
-    finally:
-        signal.signal(number, before)
+    with interruptible():
+        pass
+    assert signal.getsignal(number) is signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(number)
+    assert {signal.getsignal(each) for each in INTERRUPTS} == {signal.SIG_IGN}  # others of the same interrupt
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with _interruptible():
-            signal.raise_signal(signal.SIGHUP)
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interruptible():
+        signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def started(pipeline: str, store: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
+    """A pipeline that heeds SIGTERM already, and imports still."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"} | variables
+    command = [sys.executable, str(ROOT / f"pipelines/{pipeline}.py"), *options]
+    process = subprocess.Popen(command, cwd=store, env=environment, stderr=subprocess.PIPE, text=True)
+    heeded = re.compile(r"^SigCgt:\s*([0-9a-f]+)$", re.MULTILINE)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        found = heeded.search(Path(f"/proc/{process.pid}/status").read_text())
+        if found and int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not say what a process heeds")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_is_interrupted_while_it_imports(number: signal.Signals, tmp_path: Path) -> None:
+    process = started("ptq", tmp_path, "--mode", "w5a8")
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not say what a process heeds")
+def test_a_run_that_mlflow_has_begun_is_told_why(tmp_path: Path) -> None:
+    use_store(tmp_path)
+    run_id = mlflow.MlflowClient().create_run("0").info.run_id
+    process = started("ptq", tmp_path, "--mode", "w5a8", MLFLOW_RUN_ID=run_id)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # which `mlflow run` sends as well
+    assert process.communicate(timeout=120)[1].startswith("interrupted; what was logged so far stays in the run")
+    assert process.returncode == 130
+    ended = mlflow.get_run(run_id)
+    assert (ended.info.status, ended.data.tags["failure_reason"]) == ("KILLED", "interrupted")

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quantrack.errors import QuantrackError
+
 CACHE_VARIABLE = "QUANTRACK_CACHE"
+FRESH = ".fresh"  # lies in a cache that goes with its process
 
 
 def cache_folder() -> Path:
@@ -17,11 +20,33 @@ def cache_folder() -> Path:
     return Path(chosen).resolve() if chosen else Path.home() / ".cache/quantrack"
 
 
+def writable_folder(*parts: str) -> Path:
+    """A folder within the cache that something has to be written to.
+
+    Raises:
+        QuantrackError: it cannot be.
+    """
+    folder = cache_folder().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QuantrackError(
+            f"{folder}: cannot be made ({error.strerror}); set {CACHE_VARIABLE} to a folder that can be written to"
+        ) from error
+    return folder
+
+
+def cache_lasts() -> bool:
+    """Whether another process will find what is kept now; not within `fresh_cache`."""
+    return not (cache_folder() / FRESH).exists()
+
+
 @contextmanager
 def fresh_cache() -> Iterator[None]:
     """A cache that holds nothing but the downloaded weights, for a while: all steps are done anew."""
     weights = cache_folder() / "weights"
     with tempfile.TemporaryDirectory() as folder, variable_kept(CACHE_VARIABLE):
+        (Path(folder) / FRESH).touch()
         if weights.is_dir():
             (Path(folder) / "weights").symlink_to(weights.resolve())
         os.environ[CACHE_VARIABLE] = folder

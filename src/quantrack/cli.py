@@ -14,6 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+import quantrack.program  # noqa: F401
 from quantrack.entry import exit_on_error
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.decode import NmsSettings
@@ -26,6 +27,7 @@ from quantrack.evaluation.picture_detector import (
 )
 from quantrack.evaluation.samples import draw_detections
 from quantrack.files import atomic_path, write_json
+from quantrack.interrupts import interruptible
 from quantrack.progress import say, track
 from quantrack.runtime.session import parse_provider
 from quantrack.tracking.models import fetch_onnx
@@ -36,7 +38,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 @app.callback()
-def quantrack() -> None:
+def command() -> None:
     """Quantized detectors at work; quantizing and measuring are MLflow entry points (`mlflow run .`)."""
 
 
@@ -50,7 +52,7 @@ def predict(
 ) -> None:
     """Draw the boxes that a model finds on pictures, and write them to detections.json."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with exit_on_error("the pictures drawn so far stay"):
+    with interruptible(), exit_on_error("the pictures drawn so far stay"):
         settings = detection_settings(confidence)
         parse_provider(provider)
         targets = output_paths(images, out)

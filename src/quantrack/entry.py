@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import math
-import signal
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from types import FrameType
 from typing import Annotated, TypeVar
 
 import typer
 
 from quantrack.allocator import keep_freed_memory
-from quantrack.errors import QuantrackError, UsageError
+from quantrack.errors import QuantrackError, UsageError, place_and_reason
+from quantrack.interrupts import INTERRUPTED, RUN_VARIABLE, interruptible, raise_if_waiting
 from quantrack.progress import say
 from quantrack.settings import default_texts, parse_settings, setting_name
 from quantrack.tracking.run import tracked_run
 
 S = TypeVar("S")
-INTERRUPTED = 130
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last as a terminal is closed
-TOGETHER = 5.0  # seconds
 
 
 def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], None]) -> None:
@@ -46,7 +41,7 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     stranger = _unknown_option(sys.argv[1:], settings_type)
-    with _interruptible():
+    with interruptible():
         if stranger is None:
             app()
         else:
@@ -56,6 +51,7 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
 def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
     """Do the work in a tracked run; errors become one line and an exit code."""
     with exit_on_error("what was logged so far stays in the run"), tracked_run(name, texts):
+        raise_if_waiting()
         work()
 
 
@@ -68,17 +64,11 @@ def exit_on_error(when_interrupted: str) -> Iterator[None]:
         say(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
-        say(f"error: {_where_and_why(error)}")
+        say(f"error: {place_and_reason(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
         say(f"interrupted; {when_interrupted}")
         sys.exit(INTERRUPTED)
-
-
-def _where_and_why(error: OSError) -> str:
-    """The place and the reason, without Python's number of the error."""
-    places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
-    return f"{places}: {error.strerror}" if places and error.strerror else str(error)
 
 
 def _refuse(message: str) -> None:
@@ -86,8 +76,9 @@ def _refuse(message: str) -> None:
 
 
 def _unknown_option(arguments: list[str], settings_type: type[object]) -> str | None:
-    """The first option that is no setting: `mlflow run` passes any `-P` on, and its run must say why."""
-    known = {_option(setting_name(item)) for item in fields(settings_type)} | {"--help"}  # type: ignore[arg-type]
+    """The first option that is no setting: `mlflow run` passes any `-P` on, `help` too, and its run must say why."""
+    known = {_option(setting_name(item)) for item in fields(settings_type)}  # type: ignore[arg-type]
+    known |= set() if RUN_VARIABLE in os.environ else {"--help"}
     options = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
     return next((option for option in options if option not in known), None)
 
@@ -109,36 +100,3 @@ def _signature(settings_type: type[object]) -> inspect.Signature:
         for item in fields(settings_type)  # type: ignore[arg-type]
     ]
     return inspect.Signature(parameters)
-
-
-class _Interrupts:
-    """One interrupt for signals that come together: after Ctrl-C `mlflow run` sends another, amid the run's ending."""
-
-    def __init__(self) -> None:
-        self.last = -math.inf
-
-    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - self.last > TOGETHER:
-            self.last = now
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C, `kill` and a closed terminal interrupt.
-
-    Unless whoever started this process has it ignore them, as `nohup` does.
-    """
-    interrupts = _Interrupts()
-    before = {number: signal.getsignal(number) for number in INTERRUPTS}
-    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    try:
-        for number in heeded:
-            signal.signal(number, interrupts)
-        yield
-    finally:
-        # after an interrupt the process ends, and another signal of the same one may still come
-        interrupted = interrupts.last > -math.inf
-        for number in heeded:
-            signal.signal(number, signal.SIG_IGN if interrupted else before[number])

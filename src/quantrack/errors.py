@@ -27,3 +27,9 @@ def memory_problem(error: Exception) -> str | None:
         return None
     kind = type(error).__name__
     return f"memory ran out ({kind}: {text[:160]}); give a smaller imgsz, another device, or free memory"
+
+
+def place_and_reason(error: OSError) -> str:
+    """The place and the reason, without Python's number of the error."""
+    places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
+    return f"{places}: {error.strerror}" if places and error.strerror else str(error)

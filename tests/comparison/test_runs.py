@@ -53,6 +53,16 @@ def test_the_best_accuracy_comes_first_and_labels_tell_runs_apart() -> None:
     assert all(group.float_run(one) is group.runs[0] for one in group.runs)
 
 
+def test_timings_beside_others_are_in_doubt() -> None:
+    busy = replace(RUNS[0], metrics={**RUNS[0].metrics, "busy_cores_of_others": 1.53})
+    calm = replace(RUNS[2], metrics={**RUNS[2].metrics, "busy_cores_of_others": 0.1})
+    groups = comparable_groups((busy, calm, FLOAT))
+    said = "1 of 3 runs were timed while other processes kept up to 1.5 cores busy: measure again"
+    assert said in summary_markdown(groups, "title")
+    assert said in report_html(groups, "title", "Made today")
+    assert "busy" not in summary_markdown(comparable_groups((calm, FLOAT)), "title")
+
+
 def test_a_checkpoint_of_the_same_name_is_another() -> None:
     other = replace(RUNS[0], model_digest="e" * 64, run_id="another")
     (group,) = comparable_groups((*RUNS, other))

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from quantrack.datasets.coco import load_evaluation_set
@@ -60,6 +62,41 @@ def test_broken_annotations(coco_root: Path, text: str, message: str) -> None:
         load_evaluation_set(coco_root, 1)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>login</html>", "not a readable picture"),
+        (b"", "empty"),
+        ("half", r"truncated jpg \(no end marker\)"),
+        ("turned", "has 48 x 64 pixels, but .* says 64 x 48"),
+    ],
+)
+def test_what_is_no_annotated_picture_is_refused_at_once(coco_root: Path, content: bytes | str, said: str) -> None:
+    picture = coco_root / "val2017/000000000020.jpg"
+    whole = picture.read_bytes()
+    if content == "half":
+        content = whole[: len(whole) // 2]
+    elif content == "turned":
+        content = cv2.imencode(".png", np.zeros((64, 48, 3), np.uint8))[1].tobytes()
+    assert isinstance(content, bytes)
+    picture.write_bytes(content)
+    with pytest.raises(QuantrackError, match=f"000000000020.jpg: {said}"):
+        load_evaluation_set(coco_root, 0)
+
+
+def test_an_annotation_file_may_begin_with_a_mark_of_its_encoding(coco_root: Path) -> None:
+    path = coco_root / "annotations/instances_val2017.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_evaluation_set(coco_root, 0).pictures) == 4
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": [{"id": ' + "9" * 5000 + "}]}", "{"])
+def test_what_is_no_json_is_one_line(coco_root: Path, text: str) -> None:
+    (coco_root / "annotations/instances_val2017.json").write_text(text)
+    with pytest.raises(QuantrackError, match=r"not valid JSON .*; mend the file or fetch it again"):
+        load_evaluation_set(coco_root, 0)
+
+
 @pytest.mark.parametrize("crowd", [False, True])
 def test_pictures_without_a_box_to_find(coco_root: Path, crowd: bool) -> None:
     path = coco_root / "annotations/instances_val2017.json"
@@ -79,6 +116,8 @@ def test_pictures_without_a_box_to_find(coco_root: Path, crowd: bool) -> None:
         ({"bbox": [float("nan"), 0, 1, 1]}, "is no box"),
         ({"bbox": [0, 0, -1, 1]}, "is no box"),
         ({"category_id": 77}, "no category 77 is listed"),
+        ({"area": -1}, "-1.0 is no area"),
+        ({"area": float("nan")}, "nan is no area"),
     ],
 )
 def test_boxes_that_are_none(coco_root: Path, change: dict[str, object], said: str) -> None:
@@ -86,7 +125,7 @@ def test_boxes_that_are_none(coco_root: Path, change: dict[str, object], said: s
     content = json.loads(path.read_text())
     content["annotations"][1] |= change
     path.write_text(json.dumps(content))
-    with pytest.raises(QuantrackError, match=rf"an annotation entry is broken \(.*{said}\); fetch the file again"):
+    with pytest.raises(QuantrackError, match=rf"an annotation entry is broken \(.*{said}\); mend the file or"):
         load_evaluation_set(coco_root, 0)
 
 

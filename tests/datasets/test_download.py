@@ -449,7 +449,9 @@ def test_all_pictures_of_annotations_without_a_name(coco_server: Server, tmp_pat
     nameless = json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}).encode()
     members = dict.fromkeys(("annotations/instances_val2017.json", "annotations/instances_train2017.json"), nameless)
     coco_server.content["/annotations/annotations_trainval2017.zip"] = archive(members)
-    with pytest.raises(QuantrackError, match=r"instances_val2017.json: file name of a picture is a path or missing"):
+    with pytest.raises(
+        QuantrackError, match=r"instances_val2017.json: file name of a picture leads out of its folder or is missing"
+    ):
         download_coco(wanted(coco_server, tmp_path, images="all"))
 
 

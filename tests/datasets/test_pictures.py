@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import cv2
@@ -66,3 +67,10 @@ def test_pictures_are_told_by_their_names(tmp_path: Path) -> None:
 def test_missing_picture(tmp_path: Path) -> None:
     with pytest.raises(QuantrackError, match=r"gone.jpg: cannot be read"):
         read_picture(tmp_path / "gone.jpg")
+
+
+def test_names_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
+    name = os.fsdecode(b"gr\xe4u.png")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(QuantrackError, match=r"the name of 'gr\\udce4u.png' is not UTF-8; rename the file"):
+        pictures_in(tmp_path)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -175,3 +176,15 @@ def test_official_weights_load_safely(real_inputs):
     model = load_safely(real_inputs / "weights/yolov10n.pt")
     assert type(model).__name__ == "DetectionModel"
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("load", [load_safely, load_trusting])
+def test_a_checkpoint_of_another_project_says_so(tmp_path, load, monkeypatch):
+    """Such as the first YOLOv5's; neither trust nor fetching it again helps."""
+    elsewhere = ModuleType("models_elsewhere")
+    elsewhere.Model = type("Model", (nn.Module,), {"__module__": "models_elsewhere"})
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "models_elsewhere", elsewhere)
+        torch.save({"model": elsewhere.Model()}, tmp_path / "yolov5n.pt")
+    with pytest.raises(QuantrackError, match=r"models_elsewhere.* of a project that is not installed here; give a che"):
+        load(tmp_path / "yolov5n.pt")

@@ -190,3 +190,40 @@ def test_download_goes_to_the_cache(monkeypatch, tmp_path):
 def test_official_weights(real_inputs, head):
     detector = load(real_inputs / "weights/yolov10n.pt", head)
     assert detector.class_names[0] == "person"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({1: "a", 2: "b", 3: "c"}, "its classes are numbered 1, 2, 3, ..., not from 0; save it again"),
+        (None, "no class names for 3 classes"),
+        (["a", "b"], "2 class names for 3 classes"),
+    ],
+)
+def test_class_names_that_are_not_numbered_from_zero(tmp_path, names, said):
+    with pytest.raises(QuantrackError, match=said):
+        load(saved_with_names(tmp_path, names))
+
+
+@pytest.mark.parametrize("names", [{"0": "a", "1": "b", "2": "c"}, ["a", "b", "c"], {2: "c", 0: "a", 1: "b"}])
+def test_class_names_are_taken_by_their_numbers(tmp_path, names):
+    assert load(saved_with_names(tmp_path, names)).class_names == ("a", "b", "c")
+
+
+def test_a_checkpoint_without_its_stride(tmp_path):
+    path = saved_with_names(tmp_path, ["a", "b", "c"])
+    content = torch.load(path, weights_only=False)
+    del content["model"].stride
+    torch.save(content, path)
+    with pytest.raises(QuantrackError, match="does not say its stride; save it again with Ultralytics"):
+        load(path)
+
+
+def saved_with_names(folder, names):
+    prepare()
+    from ultralytics.nn.tasks import DetectionModel
+
+    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
+    model.names = names
+    torch.save({"model": model}, folder / "own.pt")
+    return folder / "own.pt"

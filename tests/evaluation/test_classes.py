@@ -29,6 +29,8 @@ def test_another_number_is_refused(pets: EvaluationSet) -> None:
 def test_the_same_names_in_another_order_are_refused(pets: EvaluationSet) -> None:
     with pytest.raises(QuantrackError, match=r"model=pets.pt: its class 1 is bird, but number 1 of .* by id is dog"):
         require_same_classes(("cat", "bird", "dog"), pets, "model=pets.pt")
+    with pytest.raises(QuantrackError, match=r"model=pets.pt: its class 1 is bird, but number 1 of .* by id is dog"):
+        require_same_classes(("cat", "bird", "Hund"), pets, "model=pets.pt")
 
 
 def test_two_annotation_files_must_name_the_same_classes(pets: EvaluationSet) -> None:

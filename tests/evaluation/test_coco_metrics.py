@@ -5,6 +5,7 @@ import json
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -96,7 +97,9 @@ def write_coco(root: Path) -> None:
     (root / "val2017").mkdir()
     images = [{"id": number, "file_name": f"{number}.jpg", "width": 300, "height": 300} for number in (1, 2)]
     for image in images:
-        (root / "val2017" / str(image["file_name"])).write_bytes(b"not read here")
+        (root / "val2017" / str(image["file_name"])).write_bytes(
+            cv2.imencode(".jpg", np.zeros((300, 300), np.uint8))[1]
+        )
     rows = [
         {"id": index, "image_id": box.image_id, "category_id": box.category_id, "bbox": list(box.xywh)}
         | {"area": box.area, "iscrowd": int(box.crowd)}

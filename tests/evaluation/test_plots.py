@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -49,6 +50,18 @@ def test_classes_are_sorted_and_only_those_measured() -> None:
     assert labels == ["class 2 (2)", "class 1 (1)", "class 0 (0)"]
     top, bottom = axes.get_ylim()[::-1]
     assert top < bottom  # the first, best class is on top
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    rows = (ClassResult("$5 bill_{$", 0.5, 0.6, 1), ClassResult("cost_$_{x$", 0.4, 0.6, 1))
+    result = replace(coco_result(1), classes=rows)
+    figure = per_class_ap_figure(result, "val$_3$")
+    saved_shape(figure, tmp_path / "classes.png")
+    (axes,) = figure.axes
+    assert {label._preprocess_math(label.get_text()) for label in axes.get_yticklabels()} == {
+        ("$5 bill_{$ (1)", False),
+        ("cost_$_{x$ (1)", False),
+    }
 
 
 @pytest.mark.parametrize("classes", [0, 1, 80])

@@ -339,8 +339,8 @@ def test_a_plan_for_int4_stores_no_more_than_bits_by_role(job: QuantizationJob) 
     planned, by_role = (replace(job, model=copy.deepcopy(job.float_model)) for _ in range(2))
     apply_recipe(planned, (FOR_INT4, InsertQuantizers()))
     apply_recipe(by_role, (InsertQuantizers(),))
-    stored = average_stored_bits(by_role.model)
-    assert stored - 0.1 < average_stored_bits(planned.model) <= stored
+    stored = average_stored_bits(by_role.model, "int4")
+    assert stored - 0.1 < average_stored_bits(planned.model, "int4") <= stored
     assert {weight_bits(layer) for layer in quantized_layers(planned.model).values()} == {4, 7}
 
 

@@ -70,7 +70,8 @@ def test_roles_decide_the_bits(make_job: MakeJob) -> None:
     sizes = [3 * 8 * 9, 8 * 9, 8 * 6]
     expected = (8 * sizes[0] + 8 * sizes[1] + 4 * sizes[2]) / sum(sizes)
     assert average_weight_bits(job.model) == pytest.approx(expected)
-    assert average_stored_bits(job.model) == pytest.approx(expected)  # 4 and 8 are what is stored
+    assert average_stored_bits(job.model, "int4") == pytest.approx(expected)  # 4 and 8 are what is stored
+    assert average_stored_bits(job.model, "int8") == 8
 
 
 def test_weights_that_stay_float_count_with_their_bits(make_job: MakeJob) -> None:
@@ -79,7 +80,10 @@ def test_weights_that_stay_float_count_with_their_bits(make_job: MakeJob) -> Non
     sizes = [3 * 8 * 9, 8 * 9, 8 * 6]
     expected = (4 * (sizes[0] + sizes[2]) + 32 * sizes[1]) / sum(sizes)
     assert average_weight_bits(job.model) == pytest.approx(expected)
-    assert average_stored_bits(job.model) == pytest.approx(expected)
+    assert average_stored_bits(job.model, "int4") == pytest.approx(expected)
+    assert average_stored_bits(job.model, "int8") == pytest.approx(
+        (8 * (sizes[0] + sizes[2]) + 32 * sizes[1]) / sum(sizes)
+    )
 
 
 @pytest.mark.parametrize(("mode", "quantized"), [("w4a16", False), ("w4a8", True)])

@@ -21,7 +21,7 @@ ROWS = (
     (LATENCY_RATIO, "latency, times float32's in turns", "{:.2f}"),
     (SIZE, "ONNX file, MB", "{:.2f}"),
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
-    ("weight_bits_stored_avg", "average bits in ONNX's INT4 and INT8 types", "{:.2f}"),
+    ("weight_bits_stored_avg", "average bits as stored, in ONNX's INT4 and INT8 types", "{:.2f}"),
     ("parity_mean_abs", "mean difference to the reference", "{:.1e}"),
 )
 LIBRARIES = ("quantrack", "brevitas", "ultralytics", "torch", "onnx", "onnxruntime-gpu")

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from quantrack.comparison.runs import ACCURACY, ComparedRun, Group, pareto_front
-from quantrack.evaluation.plots import new_figure
+from quantrack.evaluation.plots import as_it_is, new_figure
 
 ROW_INCHES = 0.2
 MOST_CLASSES = 40
@@ -101,7 +101,7 @@ def _place_labels(axes: Axes, runs: Sequence[ComparedRun], cost: str, theme: The
         placed.append((x, spot))
         beyond = x > (left + right) / 2
         axes.annotate(
-            run.label, (x, y), (x + (-0.02 if beyond else 0.02) * wide, spot), fontsize=8, va="center",
+            as_it_is(run.label), (x, y), (x + (-0.02 if beyond else 0.02) * wide, spot), fontsize=8, va="center",
             ha="right" if beyond else "left", color=theme.ink,
         )  # fmt: skip
 
@@ -124,7 +124,7 @@ def class_drop_figure(group: Group, theme: Theme = LIGHT) -> Figure | None:
     for (row, column), drop in np.ndenumerate(drops):
         if np.isfinite(drop):
             axes.text(column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7, color=theme.ink)
-    axes.set_xticks(range(len(columns)), [run.label for run in columns], fontsize=8, rotation=20, ha="right")
+    axes.set_xticks(range(len(columns)), [as_it_is(run.label) for run in columns], fontsize=8, rotation=20, ha="right")
     axes.set_yticks(range(len(classes)), [f"{name} ({boxes})" for name, boxes in classes], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -161,7 +161,7 @@ def ranges_figure(group: Group, theme: Theme = LIGHT) -> Figure | None:
     for run, colour in zip(runs, theme.cycle * len(runs), strict=False):
         low, high = _ends(run, names)
         axes.fill_between(range(len(names)), low, high, color=colour, alpha=0.15, step="mid", linewidth=0)
-        axes.step(range(len(names)), high, where="mid", color=colour, linewidth=1.4, label=run.label)
+        axes.step(range(len(names)), high, where="mid", color=colour, linewidth=1.4, label=as_it_is(run.label))
         axes.step(range(len(names)), low, where="mid", color=colour, linewidth=1.4)
     axes.set_yscale("symlog", linthresh=1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from quantrack.comparison.differences import MATRIX_CAPTION, Matrix, matrix
 from quantrack.comparison.plots import DARK, LIGHT, Theme, class_drop_figure, pareto_figure, ranges_figure
 from quantrack.comparison.runs import LATENCY, SIZE, ComparedRun, Group
-from quantrack.comparison.table import COLUMNS, cells, marks
+from quantrack.comparison.table import COLUMNS, cells, doubt, marks
 
 TEMPLATE = "report.html.j2"
 JPEG_QUALITY = 82
@@ -70,6 +70,7 @@ class GroupView:
 
     measured_on: str
     runs: tuple[RunView, ...]
+    doubt: str
     between: Matrix | None
     plots: tuple[PlotView, ...]
     samples: tuple[SampleView, ...]
@@ -120,7 +121,9 @@ def group_view(group: Group) -> GroupView:
         light, dark = plot.draw(LIGHT), plot.draw(DARK)
         if light is not None and dark is not None:
             plots.append(PlotView(plot.caption, _png_uri(light), _png_uri(dark)))
-    return GroupView(group.circumstances.text, runs, matrix(group), tuple(plots), sample_views(group.runs))
+    return GroupView(
+        group.circumstances.text, runs, doubt(group), matrix(group), tuple(plots), sample_views(group.runs)
+    )
 
 
 def sample_views(runs: Sequence[ComparedRun]) -> tuple[SampleView, ...]:

@@ -15,6 +15,7 @@ from quantrack.comparison.runs import (
     Group,
     pareto_front,
 )
+from quantrack.runtime.machine_load import OTHERS, OtherLoad
 
 MISSING = "-"
 
@@ -59,6 +60,18 @@ def marks(group: Group) -> dict[str, tuple[str, ...]]:
     return {run.run_id: tuple(mark for mark, ids in best.items() if run.run_id in ids) for run in group.runs}
 
 
+def doubt(group: Group) -> str:
+    """A word on timings of a group while other processes were busy; empty where none were."""
+    loads = [OtherLoad(run.metrics.get(OTHERS)) for run in group.runs]
+    busy = [load.cores for load in loads if load.cores is not None and load.disturbs]
+    if not busy:
+        return ""
+    return (
+        f"{len(busy)} of {len(group.runs)} runs were timed while other processes kept up to {max(busy):.1f} cores "
+        "busy: measure again before you go by latencies."
+    )
+
+
 def table_columns(groups: Sequence[Group]) -> dict[str, list[object]]:
     """`comparison.json`: every column with one value a run; None for what was not measured."""
     rows = [(number, group, run) for number, group in enumerate(groups, 1) for run in group.runs]
@@ -94,6 +107,8 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
         lines += ["| --- |" + " ---: |" * len(COLUMNS)]
         lines += ["| " + " | ".join((run.label, *cells(run))) + " |" for run in group.runs]
         lines += [""]
+        if said := doubt(group):
+            lines += [said, ""]
         between = matrix(group)
         if between is not None:
             lines += [MATRIX_CAPTION, "", *matrix_markdown(between), ""]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from quantrack.datasets.picture_size import encoded_size
+from quantrack.datasets.pictures import content_problem, decode_picture
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 
+MEND = "mend the file or fetch it again"
 VAL_ANNOTATIONS = Path("annotations/instances_val2017.json")
 TRAIN_ANNOTATIONS = Path("annotations/instances_train2017.json")
 
@@ -149,11 +151,24 @@ def annotated_set(
 
 
 def _digest_of_annotated(picture: Picture, annotation_file: Path) -> str:
+    """Also refuses, before any work begins, what its bytes show to be no whole picture, or one of another size."""
     content = picture.path.read_bytes()
-    size = encoded_size(content)
-    if size is not None and sorted(size) != sorted((picture.width, picture.height)):  # EXIF may turn what is encoded
+    size, annotated = encoded_size(content), (picture.width, picture.height)
+    if problem := content_problem(content):
+        raise QuantrackError(f"{picture.path}: {problem}; fetch it again")
+    if size != annotated:
+        if size is None or sorted(size) == sorted(annotated):  # another format, or EXIF may turn what is encoded
+            size = _decoded_size(picture.path, content)
         require_annotated_size(picture, size, annotation_file)
     return hashlib.sha256(content).hexdigest()
+
+
+def _decoded_size(path: Path, content: bytes) -> tuple[int, int]:
+    decoded = decode_picture(content)
+    if decoded is None:
+        raise QuantrackError(f"{path}: not a readable picture; fetch it again")
+    height, width = decoded.shape[:2]
+    return width, height
 
 
 def require_annotated_size(picture: Picture, size: tuple[int, int], annotation_file: Path) -> None:
@@ -183,9 +198,9 @@ def read_annotations(data_root: Path, annotation_file: Path) -> dict[str, Any]:
     if not annotation_file.is_file():
         raise QuantrackError(f"{annotation_file}: missing; data_root must have the official COCO layout")
     try:
-        content = json.loads(annotation_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QuantrackError(f"{annotation_file}: not valid JSON ({error}); fetch it again") from error
+        content = json.loads(annotation_file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise QuantrackError(f"{annotation_file}: not valid JSON ({error}); {MEND}") from error
     missing = [key for key in ("images", "annotations", "categories") if not _is_list(content, key)]
     if missing:
         raise QuantrackError(f"{annotation_file}: no {', '.join(missing)} list; use a COCO instances file")
@@ -203,12 +218,12 @@ def _require_ids(rows: list[object], key: str, annotation_file: Path) -> None:
         known = row if isinstance(row, dict) else {}
         try:
             number = int(known["id"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise QuantrackError(f"{annotation_file}: an entry of {key} has no id; fetch the file again") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise QuantrackError(f"{annotation_file}: an entry of {key} has no id; {MEND}") from error
         if key == "categories" and "name" not in known:
-            raise QuantrackError(f"{annotation_file}: category {number} has no name; fetch the file again")
+            raise QuantrackError(f"{annotation_file}: category {number} has no name; {MEND}")
         if number in seen:
-            raise QuantrackError(f"{annotation_file}: two {key} have id {number}; fetch the file again")
+            raise QuantrackError(f"{annotation_file}: two {key} have id {number}; {MEND}")
         seen.add(number)
 
 
@@ -225,9 +240,9 @@ def picture_of(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Pi
     try:
         picture = Picture(int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"]))
     except KeyError as error:
-        raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; fetch the file again") from error
+        raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; {MEND}") from error
     except (TypeError, ValueError) as error:
-        raise QuantrackError(f"{annotation_file}: a picture entry is broken ({error}); fetch the file again") from error
+        raise QuantrackError(f"{annotation_file}: a picture entry is broken ({error}); {MEND}") from error
     if not picture.path.is_file():
         raise QuantrackError(
             f"{picture.path}: missing, though {annotation_file.name} lists it; run the `data` entry point"
@@ -247,18 +262,17 @@ def _true_boxes(
                 raise ValueError(f"{row['bbox']} is no box")
             if int(row["category_id"]) not in category_ids:
                 raise ValueError(f"no category {row['category_id']} is listed")
+            area = float(row.get("area", width * height))
+            if not (math.isfinite(area) and area >= 0):  # pycocotools would leave such boxes out in silence
+                raise ValueError(f"{area} is no area")
             yield TrueBox(
                 image_id=int(row["image_id"]),
                 category_id=int(row["category_id"]),
                 xywh=(x, y, width, height),
                 crowd=bool(row.get("iscrowd", 0)),
-                area=float(row.get("area", width * height)),
+                area=area,
             )
         except KeyError as error:
-            raise QuantrackError(
-                f"{annotation_file}: an annotation entry lacks {error}; fetch the file again"
-            ) from error
+            raise QuantrackError(f"{annotation_file}: an annotation entry lacks {error}; {MEND}") from error
         except (TypeError, ValueError) as error:
-            raise QuantrackError(
-                f"{annotation_file}: an annotation entry is broken ({error}); fetch the file again"
-            ) from error
+            raise QuantrackError(f"{annotation_file}: an annotation entry is broken ({error}); {MEND}") from error

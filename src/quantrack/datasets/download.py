@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 
 from quantrack.datasets.calibration import RANDOM, first_lines
-from quantrack.datasets.coco import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, first_entries, read_annotations
+from quantrack.datasets.coco import MEND, TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, first_entries, read_annotations
 from quantrack.datasets.fetch import FetchPolicy, fetch
 from quantrack.datasets.picture_size import looks_like_picture
 from quantrack.datasets.pictures import content_problem, pictures_in
@@ -154,9 +154,9 @@ def _present_train_pictures(source: Path) -> list[str]:
 
 def _file_name(entry: dict[str, object], annotation_file: Path) -> str:
     name = str(entry.get("file_name", ""))
-    if not name or Path(name).name != name:
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise QuantrackError(
-            f"{annotation_file}: file name {name or 'of a picture'} is a path or missing; fetch it again"
+            f"{annotation_file}: file name {name or 'of a picture'} leads out of its folder or is missing; {MEND}"
         )
     return name
 

@@ -50,11 +50,20 @@ def pictures_in(folder: Path) -> list[Path]:
     """The picture files of a folder by their names' ends, in order; none where there is no folder.
 
     Hidden files are none: what a killed process left half written, and what macOS writes beside each file.
+
+    Raises:
+        QuantrackError: a name is no text, which nothing could log.
     """
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = sorted(path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    for path in pictures:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            raise QuantrackError(f"{folder}: the name of {path.name!a} is not UTF-8; rename the file") from error
+    return pictures
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

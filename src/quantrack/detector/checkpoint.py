@@ -9,6 +9,7 @@ See https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pathlib
 import pickle
@@ -163,6 +164,8 @@ def _read_model(path: Path, load: Load) -> nn.Module:
         content = load(path)
     except pickle.UnpicklingError as error:
         raise QuantrackError(_refusal(path, str(error))) from error
+    except ModuleNotFoundError as error:
+        raise QuantrackError(_of_another_project(path, str(error.name))) from error
     except Exception as error:  # broken archives and pickles raise many kinds
         raise QuantrackError(
             f"model={path}: not a readable checkpoint ({type(error).__name__}); fetch it again"
@@ -178,7 +181,17 @@ def _refusal(path: Path, message: str) -> str:
     named = re.search(r"(?:GLOBAL|Unsupported class|unrecognized function|but got) (?:<\w+ ')?([\w.]+)", message)
     if named is None:
         return f"model={path}: not a readable checkpoint (broken pickle); fetch it again"
+    if importlib.util.find_spec(named[1].partition(".")[0]) is None:
+        return _of_another_project(path, named[1])
     return (
         f"model={path}: refused, its pickle calls {named[1]}, which no detector's does; "
         "if you trust where the file comes from, set trust_checkpoint=true"
+    )
+
+
+def _of_another_project(path: Path, name: str) -> str:
+    """Such as the first YOLOv5's, whose classes are `models.yolo`."""
+    return (
+        f"model={path}: its pickle holds {name} of a project that is not installed here; give a checkpoint saved by "
+        "Ultralytics (for YOLOv5 yolov5nu.pt and the like)"
     )

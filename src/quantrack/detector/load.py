@@ -113,10 +113,18 @@ def _line(error: Exception) -> str:
 
 
 def _class_names(model: nn.Module, source: str) -> tuple[str, ...]:
-    names = cast("dict[int, str] | list[str]", getattr(model, "names", []))
-    if len(names) != int(_head(model).nc):
-        raise QuantrackError(f"model={source}: {len(names)} class names for {_head(model).nc} classes; save it again")
-    return tuple(str(names[index]) for index in range(len(names)))
+    given = getattr(model, "names", None)
+    names = dict(enumerate(given)) if isinstance(given, list | tuple) else given
+    count = int(_head(model).nc)
+    if not isinstance(names, dict) or len(names) != count:
+        known = len(names) if isinstance(names, dict) else "no"
+        raise QuantrackError(f"model={source}: {known} class names for {count} classes; save it again")
+    by_number = {str(key): str(name) for key, name in names.items()}
+    numbers = [str(number) for number in range(count)]
+    if sorted(by_number) != sorted(numbers):
+        listed = ", ".join(sorted(by_number)[:3])
+        raise QuantrackError(f"model={source}: its classes are numbered {listed}, ..., not from 0; save it again")
+    return tuple(by_number[number] for number in numbers)
 
 
 def _build(source: str, seed: int) -> tuple[nn.Module, str]:
@@ -205,7 +213,10 @@ def _head(model: nn.Module) -> Any:  # noqa: ANN401 - Ultralytics is untyped
 
 
 def _require_stride(model: nn.Module, imgsz: int, source: str) -> int:
-    stride = int(cast("torch.Tensor", model.stride).max())
+    strides = getattr(model, "stride", None)
+    if not isinstance(strides, torch.Tensor) or strides.numel() == 0:
+        raise QuantrackError(f"model={source}: does not say its stride; save it again with Ultralytics")
+    stride = int(strides.max())
     if imgsz % stride:
         raise UsageError(f"imgsz={imgsz}: must be a multiple of {stride}, the stride of {Path(source).name}")
     return stride

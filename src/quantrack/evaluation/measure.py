@@ -12,7 +12,7 @@ from torch import nn
 
 from quantrack.datasets.coco import EvaluationSet, require_annotated_size
 from quantrack.datasets.pictures import letterbox, network_input, read_picture
-from quantrack.errors import QuantrackError
+from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.coco_metrics import evaluate_coco
 from quantrack.evaluation.decode import decode
 from quantrack.evaluation.types import CocoResult, Detection
@@ -125,7 +125,7 @@ def require_same_classes(class_names: Sequence[str], evaluation_set: EvaluationS
     """Refuse a detector whose classes are not the annotations', which belong together by their order.
 
     `given` is the setting that named the detector, with its value. Names need not be equal, as those of a checkpoint
-    may be in another language; the same names in another order are a mistake.
+    may be in another language; the same name at another place is a mistake.
 
     Raises:
         QuantrackError: the counts or the order differ.
@@ -137,8 +137,13 @@ def require_same_classes(class_names: Sequence[str], evaluation_set: EvaluationS
             f"{given}: detects {len(class_names)} classes, but {where} has {len(annotated)}; "
             "use the annotations that the model was trained for"
         )
-    if sorted(class_names) == sorted(annotated) and list(class_names) != annotated:
-        place = next(n for n, pair in enumerate(zip(class_names, annotated, strict=True)) if pair[0] != pair[1])
+    elsewhere = (
+        place
+        for place, name in enumerate(class_names)
+        if annotated[place] != name and class_names.count(name) == annotated.count(name) == 1
+    )
+    place = next(elsewhere, None)
+    if place is not None:
         raise QuantrackError(
             f"{given}: its class {place} is {class_names[place]}, but number {place} of {where} by id is "
             f"{annotated[place]}; give the categories ids in the order of the model's classes"
@@ -149,7 +154,8 @@ def require_output(session: Session, head: str, evaluation_set: EvaluationSet) -
     """Check that a file's output is the head's: [1, N, 6], or [1, 4 + classes, anchors].
 
     Raises:
-        QuantrackError: it is the other head's, or no detector's that Quantrack knows.
+        UsageError: it is the other head's.
+        QuantrackError: it is no detector's that Quantrack knows.
     """
     shape = session.output_shape
     one2many = (1, 4 + len(evaluation_set.categories))
@@ -163,4 +169,4 @@ def require_output(session: Session, head: str, evaluation_set: EvaluationSet) -
             f"[1, {one2many[1]}, anchors] for {len(evaluation_set.categories)} classes"
         )
     if actual != head:
-        raise QuantrackError(f"onnx={session.path}: its output is the {actual} head's; use head={actual}")
+        raise UsageError(f"onnx={session.path}: its output is the {actual} head's; use head={actual}")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from quantrack.evaluation.types import ClassResult, CocoResult
+from quantrack.evaluation.types import CocoResult
 from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.sensitivity import LayerSensitivity
 from quantrack.runtime.placement import Placement
@@ -33,7 +33,7 @@ def precision_recall_figure(result: CocoResult, title: str) -> Figure:
         axes.plot(result.recall_thresholds, precision, color=colour, linewidth=2, label=f"IoU {iou}{score}")
         axes.fill_between(result.recall_thresholds, precision, color=colour, alpha=0.08, linewidth=0)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision (mean over classes)")
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(as_it_is(title), loc="left", fontweight="bold")
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.legend(frameon=False, loc="upper right")
     return figure
@@ -69,9 +69,9 @@ def per_class_ap_figure(result: CocoResult, title: str) -> Figure:
     axes.barh(places, [ap for ap, _, _ in ranked], color=DARK, height=BAR_HEIGHT, label="AP50-95")
     for place, (ap, ap50, _) in enumerate(ranked):
         axes.text(max(ap, ap50) + 0.008, place, f"{ap:.2f} / {ap50:.2f}", va="center", fontsize=7, color=GREY)
-    axes.set_yticks(places, [_label(one) for _, _, one in ranked], fontsize=8)
+    axes.set_yticks(places, [as_it_is(f"{one.name} ({one.boxes})") for _, _, one in ranked], fontsize=8)
     axes.set(xlim=(0, 1.14), ylim=(max(len(ranked), 1) - 0.4, -0.6), xlabel="average precision (AP50-95 / AP50)")
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(as_it_is(title), loc="left", fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
     figure.legend(frameon=False, loc="outside lower right", ncols=2, fontsize=8)
@@ -121,5 +121,6 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _label(one: ClassResult) -> str:
-    return f"{one.name} ({one.boxes})"
+def as_it_is(text: str) -> str:
+    """A text of users as Matplotlib is to draw it, which takes what stands between two dollars for a formula."""
+    return text.replace("$", r"\$")

@@ -98,9 +98,12 @@ def average_weight_bits(model: nn.Module) -> float:
     return _average(model, lambda bits: bits)
 
 
-def average_stored_bits(model: nn.Module) -> float:
-    """As `average_weight_bits`, of the ONNX types that the weights fit: INT4 up to 4 bits, INT8 above."""
-    return _average(model, lambda bits: 4 if bits <= 4 else 8)
+def average_stored_bits(model: nn.Module, weight_storage: str) -> float:
+    """As `average_weight_bits`, of the ONNX types that the weights are stored in.
+
+    INT8, and with `weight_storage` "int4" INT4 up to 4 bits, a few channels aside that are not worth packing.
+    """
+    return _average(model, lambda bits: 4 if weight_storage == "int4" and bits <= 4 else 8)
 
 
 def _average(model: nn.Module, counted_as: Callable[[int], int]) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESSOR_TIMES = Path("/proc/stat")
+OTHERS = "busy_cores_of_others"  # the metric
 BUSY = 0.25  # of a core, from which timings are in doubt
 
 
@@ -26,7 +27,7 @@ class OtherLoad:
         return self.cores is not None and self.cores > BUSY
 
     def metrics(self) -> dict[str, float]:
-        return {} if self.cores is None else {"busy_cores_of_others": self.cores}
+        return {} if self.cores is None else {OTHERS: self.cores}
 
 
 @contextmanager

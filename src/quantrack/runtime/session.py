@@ -72,8 +72,8 @@ class SessionSettings:
         return ", ".join(differing) or "defaults"
 
     def record(self) -> dict[str, object]:
-        """`session.json`: every setting, with the threads that 0 comes to here."""
-        return asdict(self) | {"threads": self.threads or usable_cores()}
+        """`session.json`: every setting, with the threads that 0 comes to here, and what is off in all sessions."""
+        return asdict(self) | {"threads": self.threads or usable_cores(), "disabled_optimizers": WRONG_OPTIMIZERS}
 
 
 REFERENCE = SessionSettings(optimization="off")  # every node as the file states it, Q/DQ in float

@@ -79,14 +79,14 @@ def log_settings(settings: SharedSettings, run_name: str, resolved: Mapping[str,
     name_run(run_name)
 
 
-def log_quantization(job: QuantizationJob, reports: Sequence[StepReport]) -> dict[str, float]:
+def log_quantization(job: QuantizationJob, reports: Sequence[StepReport], weight_storage: str) -> dict[str, float]:
     """`calibration.json` and `layers.json`; returns the metrics of the quantization itself."""
     log_json(calibration_record(job, reports), "calibration.json")
     log_json(layer_records(job), "layers.json")
     if job.plan is not None:
         log_json(job.plan.record(), "plan.json")
-    bits = {"weight_bits_avg": average_weight_bits(job.model), "weight_bits_stored_avg": average_stored_bits(job.model)}
-    return bits
+    stored = average_stored_bits(job.model, weight_storage)
+    return {"weight_bits_avg": average_weight_bits(job.model), "weight_bits_stored_avg": stored}
 
 
 def step_totals(reports: Sequence[StepReport]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def prove_and_log(
     Raises:
         QuantrackError: the export fails.
     """
-    quantized = log_quantization(job, reports)
+    quantized = log_quantization(job, reports, settings.weight_storage)
     if settings.method == PtqSettings.method:  # of a training they say nothing
         quantized |= step_totals(reports)
     plain = detector_facts(detector, evaluation_set, settings.imgsz, job.scheme.name, recipe)

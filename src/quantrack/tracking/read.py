@@ -95,8 +95,16 @@ def without_credentials(text: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a store or a library says, without line breaks and credentials."""
-    return without_credentials(" ".join(str(error).split()))[:MOST_SAID]
+    """What a store or a library says, without line breaks and credentials; of a long text its two ends.
+
+    >>> one_line(ValueError("many " * 100 + "refused"))[-30:]
+    'many ... many many many refused'[-30:]
+    """
+    text = without_credentials(" ".join(str(error).split()))
+    if len(text) <= MOST_SAID:
+        return text
+    start, end = text[: MOST_SAID // 2], text[-MOST_SAID // 2 :]  # the reason tends to stand last
+    return f"{start.rpartition(' ')[0]} ... {end.partition(' ')[2]}"
 
 
 def read_json(run_id: str, name: str) -> Mapping[str, Any]:

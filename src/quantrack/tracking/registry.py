@@ -22,7 +22,7 @@ from typing import TextIO
 import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-from quantrack.cache import cache_folder
+from quantrack.cache import writable_folder
 from quantrack.comparison.gates import Champion
 from quantrack.errors import QuantrackError
 from quantrack.files import combined_digest
@@ -219,8 +219,7 @@ def open_registry(name: str) -> Iterator[Registry]:
     Raises:
         QuantrackError: MLflow refuses something or cannot be reached.
     """
-    path = cache_folder() / "locks" / f"promote-{combined_digest([_store(), name])[:32]}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = writable_folder("locks") / f"promote-{combined_digest([_store(), name])[:32]}.lock"
     # The file stays: were it deleted, a waiting process would hold the lock of a file that no other one opens.
     with path.open("a") as stream:
         _lock(stream, name)

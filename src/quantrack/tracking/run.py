@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import mlflow
+import requests
 from mlflow.entities import Run
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
-from quantrack.errors import QuantrackError, memory_problem
+from quantrack.errors import QuantrackError, memory_problem, place_and_reason
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
 from quantrack.tracking.read import RESUMED_TAG, current_run, one_line, store_address
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
+ANSWER_WITHIN = 10.0  # seconds
 
 
 @contextmanager
@@ -33,8 +35,9 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # without the parent's experiment named, that of the environment would be taken
     experiment_id = current_run().info.experiment_id if nested else None
+    say_if_away()
     try:
-        run = mlflow.start_run(nested=nested, experiment_id=experiment_id)
+        run = _started(nested, experiment_id)
     except Exception as error:  # a database's driver raises its own kinds
         raise QuantrackError(store_problem(error)) from error
     with _ended_as_the_work_ends():
@@ -42,6 +45,26 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
         mlflow.set_tags({"entry_point": entry} | git_commit())
         log_new_parameters(parameters)
         yield run
+
+
+def _started(nested: bool, experiment_id: str | None) -> mlflow.ActiveRun:
+    try:
+        return mlflow.start_run(nested=nested, experiment_id=experiment_id)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return mlflow.start_run(nested=nested, experiment_id=experiment_id)  # another process made the experiment
+
+
+def say_if_away() -> None:
+    """Tell the user that a tracking server does not answer: MLflow tries for minutes, and is silent."""
+    address = str(mlflow.get_tracking_uri())
+    if not address.startswith(("http://", "https://")):
+        return
+    try:
+        requests.get(address, timeout=ANSWER_WITHIN)
+    except requests.RequestException:
+        say(f"MLflow at {store_address()} does not answer; trying for some minutes (MLFLOW_TRACKING_URI names another)")
 
 
 @contextmanager
@@ -72,7 +95,7 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         _end("FAILED", str(error))
         raise
     except Exception as error:
-        told = store_problem(error) if isinstance(error, mlflow.MlflowException) else memory_problem(error)
+        told = _in_one_line(error)
         if not told:
             with suppress(Exception):  # what went wrong first is what is told
                 mlflow.log_text(traceback.format_exc(), "traceback.txt")
@@ -87,6 +110,13 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         mlflow.end_run("FINISHED")
     except mlflow.MlflowException as error:
         raise QuantrackError(store_problem(error)) from error
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """What to tell of an error of the store or the machine; None for others, which are mistakes in Quantrack."""
+    if isinstance(error, mlflow.MlflowException):
+        return store_problem(error)
+    return memory_problem(error) or (place_and_reason(error) if isinstance(error, OSError) else None)
 
 
 def store_problem(error: Exception) -> str:

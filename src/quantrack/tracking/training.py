@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
-from quantrack.cache import cache_folder
+from quantrack.cache import cache_folder, cache_lasts, writable_folder
 from quantrack.comparison.runs import ACCURACY
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
@@ -73,16 +73,16 @@ def training_folder(run_id: str) -> Iterator[Path]:
     """The folder of a run's training, on this machine, for one process at a time; removed once all is done.
 
     Raises:
-        QuantrackError: another process is using it.
+        QuantrackError: another process is using it, or it cannot be made.
     """
-    folder = _folder_of(run_id)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(*_folder_of(run_id).relative_to(cache_folder()).parts)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
-        say(f"training in {folder}; if it is interrupted, go on with: -e qat -P resume={run_id}")
+        hint = f"; if it is interrupted, go on with: -e qat -P resume={run_id}" if cache_lasts() else ""
+        say(f"training in {folder}{hint}")
         try:
             yield folder
         except UsageError:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,3 +158,38 @@ def test_only_a_refused_setting_leaves_no_folder_of_a_training(tmp_path: Path, m
     with training_folder("finished"):
         pass
     assert {path.name for path in (tmp_path / "training").iterdir()} == {"interrupted", "under way"}
+
+
+def test_a_server_that_went_away_does_not_hold_up_the_end(
+    run_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # minutes
+    began = time.monotonic()
+    try:
+        with pytest.raises(QuantrackError, match="no picture"), tracked_run("test", {}):
+            fail_where_nothing_listens()
+    finally:
+        mlflow.set_tracking_uri(f"sqlite:///{run_store}/mlflow.db")
+        mlflow.end_run()
+    assert time.monotonic() - began < 20
+    said = capsys.readouterr().err
+    assert "that the run is FAILED could not be recorded: MLflow at http://127.0.0.1:9" in said
+    assert "Connection refused" in said
+
+
+def fail_where_nothing_listens() -> None:
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    raise QuantrackError("no picture")
+
+
+def test_a_server_that_is_away_is_said_at_once(
+    run_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    try:
+        with pytest.raises(QuantrackError, match=r"http://127.0.0.1:9: .*Connection refused"), tracked_run("t", {}):
+            pytest.fail("not reached")
+    finally:
+        mlflow.set_tracking_uri(f"sqlite:///{run_store}/mlflow.db")
+    assert "MLflow at http://127.0.0.1:9 does not answer; trying for some minutes" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from quantrack.tracking.read import RESUMED_TAG, current_run, one_line, store_ad
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
 ANSWER_WITHIN = 10.0  # seconds
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # without the parent's experiment named, that of the environment would be taken
     experiment_id = current_run().info.experiment_id if nested else None
-    say_if_away()
+    if not nested and not store_answers():
+        say(f"MLflow at {store_address()} does not answer; trying for some minutes (MLFLOW_TRACKING_URI names another)")
     try:
         run = _started(nested, experiment_id)
     except Exception as error:  # a database's driver raises its own kinds
@@ -56,15 +58,16 @@ def _started(nested: bool, experiment_id: str | None) -> mlflow.ActiveRun:
         return mlflow.start_run(nested=nested, experiment_id=experiment_id)  # another process made the experiment
 
 
-def say_if_away() -> None:
-    """Tell the user that a tracking server does not answer: MLflow tries for minutes, and is silent."""
+def store_answers() -> bool:
+    """Whether a tracking server answers at all; MLflow itself tries for minutes, and is silent. Files always do."""
     address = str(mlflow.get_tracking_uri())
     if not address.startswith(("http://", "https://")):
-        return
+        return True
     try:
         requests.get(address, timeout=ANSWER_WITHIN)
     except requests.RequestException:
-        say(f"MLflow at {store_address()} does not answer; trying for some minutes (MLFLOW_TRACKING_URI names another)")
+        return False
+    return True
 
 
 @contextmanager
@@ -146,6 +149,8 @@ def _made_up(name: str) -> bool:
 
 def _end(status: str, reason: str) -> None:
     """End the active run even if MLflow refuses the tag: a run that is left open, MLflow itself marks as FINISHED."""
+    if not store_answers():
+        os.environ[RETRIES] = "0"  # for each of the calls that end a run, MLflow's at the process's end among them
     try:
         try:
             mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])

@@ -157,7 +157,8 @@ def log_proof(proof: Proof, evaluation_set: EvaluationSet) -> None:
     log_provider(proof.speed.provider)
     log_speed(proof.speed)
     log_json(proof.coco.metrics, "coco_metrics.json")
-    log_json(detections_json(proof.detections), "detections.json")
+    # on one line, which saves a quarter: 5,000 pictures have 1.5 million rows
+    mlflow.log_text(json.dumps(detections_json(proof.detections)) + "\n", "detections.json")
     rows = [row for row in proof.coco.classes if row.ap50_95 is not None]
     table: dict[str, Sequence[object]] = {
         "class": [row.name for row in rows],

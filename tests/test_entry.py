@@ -13,28 +13,28 @@ import mlflow
 import pytest
 from command import ROOT, use_store
 
-from quantrack.interrupts import INTERRUPTS, interruptible
+from quantrack.interrupts import SIGNALS, interruptible
 
 
 @pytest.fixture(autouse=True)
 def own_handlers() -> Iterator[None]:
     """Those of a program's start, whatever whoever runs the tests has this process ignore."""
-    before = {number: signal.getsignal(number) for number in INTERRUPTS}
-    for number in INTERRUPTS:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", INTERRUPTS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signals_interrupt_and_are_given_back(number: signal.Signals) -> None:
     with interruptible():
         pass
     assert signal.getsignal(number) is signal.SIG_DFL
     with pytest.raises(KeyboardInterrupt), interruptible():
         signal.raise_signal(number)
-    assert {signal.getsignal(each) for each in INTERRUPTS} == {signal.SIG_IGN}  # others of the same interrupt
+    assert {signal.getsignal(each) for each in SIGNALS} == {signal.SIG_IGN}  # others of the same interrupt
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

@@ -27,13 +27,14 @@ def writable_folder(*parts: str) -> Path:
         QuantrackError: it cannot be.
     """
     folder = cache_folder().joinpath(*parts)
+    reason = "permission denied"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
     except OSError as error:
-        raise QuantrackError(
-            f"{folder}: cannot be made ({error.strerror}); set {CACHE_VARIABLE} to a folder that can be written to"
-        ) from error
-    return folder
+        reason = str(error.strerror).lower()
+    raise QuantrackError(f"{folder}: cannot be written ({reason}); set {CACHE_VARIABLE} to a folder that can be")
 
 
 def cache_lasts() -> bool:

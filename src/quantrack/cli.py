@@ -14,7 +14,6 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-import quantrack.program  # noqa: F401
 from quantrack.entry import exit_on_error
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.decode import NmsSettings
@@ -27,7 +26,7 @@ from quantrack.evaluation.picture_detector import (
 )
 from quantrack.evaluation.samples import draw_detections
 from quantrack.files import atomic_path, write_json
-from quantrack.interrupts import interruptible
+from quantrack.interrupts import OWN, interruptible
 from quantrack.progress import say, track
 from quantrack.runtime.session import parse_provider
 from quantrack.tracking.models import fetch_onnx
@@ -38,7 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 @app.callback()
-def command() -> None:
+def quantrack() -> None:
     """Quantized detectors at work; quantizing and measuring are MLflow entry points (`mlflow run .`)."""
 
 
@@ -53,6 +52,7 @@ def predict(
     """Draw the boxes that a model finds on pictures, and write them to detections.json."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with interruptible(), exit_on_error("the pictures drawn so far stay"):
+        OWN.raise_if_waiting()
         settings = detection_settings(confidence)
         parse_provider(provider)
         targets = output_paths(images, out)
@@ -118,7 +118,3 @@ def _summary(names: Sequence[str]) -> str:
     """
     kinds = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
     return f"{len(names)} box{'' if len(names) == 1 else 'es'}" + (f" ({kinds})" if kinds else "")
-
-
-if __name__ == "__main__":
-    app()

@@ -14,7 +14,7 @@ import typer
 
 from quantrack.allocator import keep_freed_memory
 from quantrack.errors import QuantrackError, UsageError, place_and_reason
-from quantrack.interrupts import INTERRUPTED, RUN_VARIABLE, interruptible, raise_if_waiting
+from quantrack.interrupts import INTERRUPTED, OWN, RUN_VARIABLE, interruptible
 from quantrack.progress import say
 from quantrack.settings import default_texts, parse_settings, setting_name
 from quantrack.tracking.run import tracked_run
@@ -51,7 +51,7 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
 def _run(name: str, texts: dict[str, str], work: Callable[[], None]) -> None:
     """Do the work in a tracked run; errors become one line and an exit code."""
     with exit_on_error("what was logged so far stays in the run"), tracked_run(name, texts):
-        raise_if_waiting()
+        OWN.raise_if_waiting()
         work()
 
 

@@ -32,4 +32,5 @@ def memory_problem(error: Exception) -> str | None:
 def place_and_reason(error: OSError) -> str:
     """The place and the reason, without Python's number of the error."""
     places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
-    return f"{places}: {error.strerror}" if places and error.strerror else str(error)
+    reason = error.strerror or str(error)
+    return f"{places}: {reason}" if places else reason

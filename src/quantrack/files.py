@@ -22,7 +22,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     that a power cut leaves the file of before or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
         _to_disk(temporary)
@@ -47,7 +47,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Where another process puts a folder there at the same moment, that one stays.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -1,8 +1,8 @@
 """Ctrl-C, `kill` and a closed terminal, from a program's first moment on.
 
 Imports take seconds, and libraries that are interrupted amid theirs swallow it, or fail in words of their own. So
-programs heed signals before they import anything else (`program`): until the work begins they end at once or, where
-`mlflow run` has begun a run, as soon as the run can be told why.
+programs heed signals before they import anything else (`program`, `console`): until the work begins they end at once
+or, where `mlflow run` has begun a run, as soon as the run can be told why.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = 130  # the exit code
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last as a terminal is closed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last as a terminal is closed
 RUN_VARIABLE = "MLFLOW_RUN_ID"  # set where `mlflow run` has begun the run
 TOGETHER = 5.0  # seconds
 STANDARD_ERROR = 2
@@ -26,9 +27,25 @@ class Interrupts:
     """One interrupt for signals that come together: after Ctrl-C `mlflow run` sends another, amid the run's ending."""
 
     def __init__(self) -> None:
+        self.before: dict[signal.Signals, object] = {}  # the handlers that are to be given back
         self.last = -math.inf
         self.working = False
         self.waiting = False
+
+    def heed(self) -> None:
+        """Handle these signals, unless whoever started this process has it ignore them, as `nohup` does."""
+        if self.before or threading.current_thread() is not threading.main_thread():
+            return
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self.before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+        for number in self.before:
+            signal.signal(number, self)
+
+    def give_back(self) -> None:
+        """As it was before; after an interrupt another signal of the same one may still come, and is ignored."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler if self.last == -math.inf else signal.SIG_IGN)  # type: ignore[arg-type]
+        self.before, self.last, self.working, self.waiting = {}, -math.inf, False, False
 
     def __call__(self, signal_number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -38,44 +55,31 @@ class Interrupts:
         if self.working:
             raise KeyboardInterrupt
         if RUN_VARIABLE not in os.environ or self.waiting:
-            os.write(STANDARD_ERROR, b"interrupted\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(STANDARD_ERROR, b"interrupted\n")
             os._exit(INTERRUPTED)  # an exception would be the importing library's
         self.waiting = True
 
+    def raise_if_waiting(self) -> None:
+        """Be interrupted by what came before the work began.
 
-def heed() -> Interrupts:
-    """Let these signals interrupt, unless whoever started this process has it ignore them, as `nohup` does."""
-    handlers = [signal.getsignal(number) for number in INTERRUPTS]
-    found = next((handler for handler in handlers if isinstance(handler, Interrupts)), None) or Interrupts()
-    for number in INTERRUPTS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, found)
-    return found
+        Raises:
+            KeyboardInterrupt: a signal came.
+        """
+        if self.waiting:
+            self.waiting = False
+            raise KeyboardInterrupt
+
+
+OWN = Interrupts()  # of this process, as signals are
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """While the block runs, these signals raise KeyboardInterrupt."""
-    before = {number: signal.getsignal(number) for number in INTERRUPTS}
-    interrupts = heed()
-    interrupts.working = True
+    OWN.heed()
+    OWN.working = True
     try:
         yield
     finally:
-        # after an interrupt the process ends, and another signal of the same one may still come
-        interrupted = interrupts.last > -math.inf
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_IGN if interrupted else handler)
-
-
-def raise_if_waiting() -> None:
-    """Be interrupted by what came before the work began.
-
-    Raises:
-        KeyboardInterrupt: a signal came.
-    """
-    interrupts = signal.getsignal(signal.SIGINT)
-    if isinstance(interrupts, Interrupts) and interrupts.waiting:
-        interrupts.waiting = False
-        raise KeyboardInterrupt
+        OWN.give_back()

@@ -1,5 +1,5 @@
 """What is run as a program imports this before all else, so that it can be interrupted while the rest is imported."""
 
-from quantrack.interrupts import heed
+from quantrack.interrupts import OWN
 
-heed()
+OWN.heed()

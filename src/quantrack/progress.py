@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -28,5 +29,6 @@ def new_bar(*columns: ProgressColumn) -> Progress:
 
 
 def say(line: str) -> None:
-    """One status line to the user, on standard error."""
-    _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """One status line to the user, on standard error; nothing where that is a terminal that is gone."""
+    with suppress(OSError):
+        _console.print(line, highlight=False, markup=False, soft_wrap=True)

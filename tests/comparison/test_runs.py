@@ -1,5 +1,6 @@
 """Groups that may be compared, labels, trade-offs, tables, and the report that stands alone."""
 
+import io
 import re
 from dataclasses import replace
 from itertools import combinations
@@ -51,6 +52,14 @@ def test_the_best_accuracy_comes_first_and_labels_tell_runs_apart() -> None:
     (group,) = comparable_groups(RUNS)
     assert [one.label for one in group.runs] == ["float32", "W8A8", "W4A8 default", "W4A8 naive"]
     assert all(group.float_run(one) is group.runs[0] for one in group.runs)
+
+
+def test_class_names_with_dollars_are_drawn() -> None:
+    classes = (ClassScore("$5 bill_{$", 0.5, 3), ClassScore("cost_$_{x$", 0.4, 2))
+    (group,) = comparable_groups(tuple(replace(one, classes=classes) for one in RUNS))
+    figure = class_drop_figure(group)
+    assert figure is not None
+    figure.savefig(io.BytesIO())
 
 
 def test_timings_beside_others_are_in_doubt() -> None:

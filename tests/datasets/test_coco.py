@@ -69,6 +69,9 @@ def test_broken_annotations(coco_root: Path, text: str, message: str) -> None:
         (b"", "empty"),
         ("half", r"truncated jpg \(no end marker\)"),
         ("turned", "has 48 x 64 pixels, but .* says 64 x 48"),
+        ("turned by EXIF", "has 48 x 64 pixels, but .* says 64 x 48"),
+        ("half png", r"truncated png \(no end marker\)"),
+        ("half webp", r"truncated webp \(shorter than it says\)"),
     ],
 )
 def test_what_is_no_annotated_picture_is_refused_at_once(coco_root: Path, content: bytes | str, said: str) -> None:
@@ -78,6 +81,13 @@ def test_what_is_no_annotated_picture_is_refused_at_once(coco_root: Path, conten
         content = whole[: len(whole) // 2]
     elif content == "turned":
         content = cv2.imencode(".png", np.zeros((64, 48, 3), np.uint8))[1].tobytes()
+    elif content == "turned by EXIF":
+        entry = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"  # orientation: a short, one, 6
+        tiff = b"MM\x00*\x00\x00\x00\x08\x00\x01" + entry + b"\x00\x00\x00\x00"
+        content = whole[:2] + b"\xff\xe1" + (len(tiff) + 8).to_bytes(2, "big") + b"Exif\0\0" + tiff + whole[2:]
+    elif content in ("half png", "half webp"):
+        content = cv2.imencode(f".{content[5:]}", np.eye(48, 64, dtype=np.uint8) * 200)[1].tobytes()
+        content = content[: len(content) // 2]
     assert isinstance(content, bytes)
     picture.write_bytes(content)
     with pytest.raises(QuantrackError, match=f"000000000020.jpg: {said}"):

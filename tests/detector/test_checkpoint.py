@@ -178,6 +178,12 @@ def test_official_weights_load_safely(real_inputs):
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
+def test_a_class_of_a_script_is_refused_in_one_line(tmp_path):
+    script = "import sys, torch\nclass Net(torch.nn.Module): pass\ntorch.save({'model': Net()}, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "own.pt")], check=True)
+    assert "its pickle holds __main__.Net of a project that is not installed here" in refusal(tmp_path / "own.pt")
+
+
 @pytest.mark.parametrize("load", [load_safely, load_trusting])
 def test_a_checkpoint_of_another_project_says_so(tmp_path, load, monkeypatch):
     """Such as the first YOLOv5's; neither trust nor fetching it again helps."""

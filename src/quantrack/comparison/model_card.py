@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quantrack.comparison.fitting import fitting
 from quantrack.comparison.gates import MeasuredRun
 from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, SIZE
-from quantrack.comparison.table import fitting
 from quantrack.schemes import Scheme, parse_mode, variant_words
 
 MAX_DESCRIPTION = 5000  # what MLflow keeps of a version's description

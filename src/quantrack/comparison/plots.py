@@ -125,7 +125,7 @@ def class_drop_figure(group: Group, theme: Theme = LIGHT) -> Figure | None:
         if np.isfinite(drop):
             axes.text(column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7, color=theme.ink)
     axes.set_xticks(range(len(columns)), [as_it_is(run.label) for run in columns], fontsize=8, rotation=20, ha="right")
-    axes.set_yticks(range(len(classes)), [f"{name} ({boxes})" for name, boxes in classes], fontsize=8)
+    axes.set_yticks(range(len(classes)), [as_it_is(f"{name} ({boxes})") for name, boxes in classes], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.suptitle(

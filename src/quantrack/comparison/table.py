@@ -62,8 +62,7 @@ def marks(group: Group) -> dict[str, tuple[str, ...]]:
 
 def doubt(group: Group) -> str:
     """A word on timings of a group while other processes were busy; empty where none were."""
-    loads = [OtherLoad(run.metrics.get(OTHERS)) for run in group.runs]
-    busy = [load.cores for load in loads if load.cores is not None and load.disturbs]
+    busy = [run.metrics[OTHERS] for run in group.runs if OtherLoad(run.metrics.get(OTHERS)).disturbs]
     if not busy:
         return ""
     return (
@@ -117,18 +116,3 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
         "`times float32` is the latency over that of the float32 file, timed in turns. A dash: not measured.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def fitting(text: str, artifact: str, most: int) -> str:
-    """A text that is too long, cut after a line, with a word on where the rest is.
-
-    >>> print(fitting(9 * "| row |\\n", "all.md", 30))
-    | row |
-    <BLANKLINE>
-    (The rest: all.md.)
-    """
-    if len(text) <= most:
-        return text
-    rest = f"\n\n(The rest: {artifact}.)"
-    head = text[: most - len(rest)]
-    return (head[: head.rfind("\n")] if "\n" in head else head) + rest

@@ -107,11 +107,11 @@ def _check_count(asked: int, available: int, source: str) -> None:
 def _require_own_pictures(lines: list[str], paths: tuple[Path, ...], calib_list: str) -> None:
     """No picture may count twice, and lines of folders that are not here lead to one picture of the same name."""
     line_of: dict[Path, str] = {}
-    for line, path in zip(lines, paths, strict=True):
-        if path in line_of:
-            fix = f"{line_of[path]} and {line} both lead to {path}; list each picture once, by a path of its own"
+    for place, (line, path) in enumerate(zip(lines, paths, strict=True)):
+        other = line_of.setdefault(path.resolve(), line)
+        if len(line_of) <= place:
+            fix = f"{other} and {line} both lead to {path}; list each picture once, by a path of its own"
             raise QuantrackError(f"{calib_list}: {fix}")
-        line_of[path] = line
 
 
 def _resolve(line: str, data_root: Path, calib_list: str) -> Path:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from quantrack.datasets.picture_size import encoded_size
+from quantrack.datasets.picture_size import encoded_size, may_be_turned
 from quantrack.datasets.pictures import content_problem, decode_picture
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
@@ -156,10 +156,9 @@ def _digest_of_annotated(picture: Picture, annotation_file: Path) -> str:
     size, annotated = encoded_size(content), (picture.width, picture.height)
     if problem := content_problem(content):
         raise QuantrackError(f"{picture.path}: {problem}; fetch it again")
-    if size != annotated:
-        if size is None or sorted(size) == sorted(annotated):  # another format, or EXIF may turn what is encoded
-            size = _decoded_size(picture.path, content)
-        require_annotated_size(picture, size, annotation_file)
+    if size is None or (sorted(size) == sorted(annotated) and (size != annotated or may_be_turned(content))):
+        size = _decoded_size(picture.path, content)
+    require_annotated_size(picture, size, annotation_file)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -241,7 +240,7 @@ def picture_of(entry: dict[str, Any], folder: Path, annotation_file: Path) -> Pi
         picture = Picture(int(entry["id"]), folder / str(entry["file_name"]), int(entry["width"]), int(entry["height"]))
     except KeyError as error:
         raise QuantrackError(f"{annotation_file}: a picture entry lacks {error}; {MEND}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise QuantrackError(f"{annotation_file}: a picture entry is broken ({error}); {MEND}") from error
     if not picture.path.is_file():
         raise QuantrackError(
@@ -274,5 +273,5 @@ def _true_boxes(
             )
         except KeyError as error:
             raise QuantrackError(f"{annotation_file}: an annotation entry lacks {error}; {MEND}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise QuantrackError(f"{annotation_file}: an annotation entry is broken ({error}); {MEND}") from error

@@ -10,6 +10,7 @@ _JPEG, _PNG, _BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"
 _RIFF, _WEBP = b"RIFF", b"WEBP"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are tables, not frames
 _NEAR_THE_END = 4096
+_HEAD, _EXIF = 1 << 17, (b"Exif\0\0", b"eXIf", b"EXIF")  # JPEG's, PNG's and WebP's name for it
 _JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers that no length follows
 
@@ -21,6 +22,11 @@ def looks_like_picture(content: bytes) -> bool:
     (True, False)
     """
     return content.startswith((_JPEG, _PNG, _BMP)) or (content[:4] == _RIFF and content[8:12] == _WEBP)
+
+
+def may_be_turned(content: bytes) -> bool:
+    """Whether the head has EXIF data, which may say that what is encoded lies on its side."""
+    return any(mark in content[:_HEAD] for mark in _EXIF)
 
 
 def encoded_size(content: bytes) -> tuple[int, int] | None:

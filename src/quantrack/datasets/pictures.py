@@ -13,7 +13,8 @@ from quantrack.datasets.picture_size import jpeg_is_whole
 from quantrack.errors import QuantrackError
 
 PAD_VALUE = 114  # Ultralytics' grey
-JPEG_START = b"\xff\xd8"
+JPEG_START, PNG_START, RIFF_START = b"\xff\xd8", b"\x89PNG", b"RIFF"
+PNG_END = b"IEND\xaeB\x60\x82"  # the last chunk's name and checksum
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -43,6 +44,10 @@ def content_problem(content: bytes) -> str | None:
         return "empty"
     if content[:2] == JPEG_START and not jpeg_is_whole(content):
         return "truncated jpg (no end marker)"
+    if content.startswith(PNG_START) and PNG_END not in content:
+        return "truncated png (no end marker)"
+    if content.startswith(RIFF_START) and int.from_bytes(content[4:8], "little") + 8 > len(content):
+        return "truncated webp (shorter than it says)"
     return None
 
 

@@ -181,7 +181,7 @@ def _refusal(path: Path, message: str) -> str:
     named = re.search(r"(?:GLOBAL|Unsupported class|unrecognized function|but got) (?:<\w+ ')?([\w.]+)", message)
     if named is None:
         return f"model={path}: not a readable checkpoint (broken pickle); fetch it again"
-    if importlib.util.find_spec(named[1].partition(".")[0]) is None:
+    if not _installed(named[1].partition(".")[0]):
         return _of_another_project(path, named[1])
     return (
         f"model={path}: refused, its pickle calls {named[1]}, which no detector's does; "
@@ -189,8 +189,15 @@ def _refusal(path: Path, message: str) -> str:
     )
 
 
+def _installed(package: str) -> bool:
+    # what a script defined lies in `__main__`, which is another one here
+    return package != "__main__" and importlib.util.find_spec(package) is not None
+
+
 def _of_another_project(path: Path, name: str) -> str:
-    """Such as the first YOLOv5's, whose classes are `models.yolo`."""
+    """Such as the first YOLOv5's, whose classes are `models.yolo`, or a newer Ultralytics'."""
+    if name.startswith("ultralytics."):
+        return f"model={path}: its pickle holds {name}, which this version of Ultralytics does not have; save it anew"
     return (
         f"model={path}: its pickle holds {name} of a project that is not installed here; give a checkpoint saved by "
         "Ultralytics (for YOLOv5 yolov5nu.pt and the like)"

@@ -11,8 +11,8 @@ def resolve_device(device: str) -> torch.device:
     """`auto` is CUDA where there is a device, else the CPU.
 
     Raises:
-        UsageError: the name is no CPU or CUDA device.
-        QuantrackError: CUDA was asked for and is not there, or another GPU than the first, which ONNX Runtime takes.
+        UsageError: the name is no CPU or CUDA device, or another GPU than the first, which ONNX Runtime takes.
+        QuantrackError: CUDA was asked for and is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,9 +24,10 @@ def resolve_device(device: str) -> torch.device:
         raise UsageError(f"device={device}: unknown device; use auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise QuantrackError(f"device={device}: no such CUDA device here; use device=cpu or auto")
-    if chosen.index:
-        raise QuantrackError(
-            f"device={device}: ONNX Runtime measures on the first GPU; set CUDA_VISIBLE_DEVICES={chosen.index} instead"
+    if chosen.type == "cuda" and chosen.index:
+        raise UsageError(
+            f"device={device}: ONNX Runtime measures on the first GPU; let CUDA_VISIBLE_DEVICES name that one alone, "
+            "and give device=cuda"
         )
     return chosen
 

@@ -116,7 +116,8 @@ def _suppress(
     settings: NmsSettings,
 ) -> NDArray[np.int64]:
     # torchvision may set classes apart by the largest corner, and counts on none below zero
-    from_zero = torch.from_numpy(corners - corners.min(initial=0.0)).double()
+    exact = torch.from_numpy(corners).double()
+    from_zero = exact - exact.min() if len(exact) else exact
     kept = batched_nms(
         from_zero,
         torch.from_numpy(scores).double(),

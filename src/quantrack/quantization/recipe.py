@@ -242,6 +242,7 @@ def _with_fitting_pairs(steps: tuple[Step, ...]) -> tuple[Step, ...]:
         for step in steps
         if not isinstance(step, FitPairSums)
     )
+    # behind distillation it comes last, as weights have to fit, and biases are corrected no more
     last = len(kept) - any(isinstance(step, BiasCorrection) for step in kept[-1:])
     return (*kept[:last], FitPairSums(), *kept[last:])
 

@@ -15,7 +15,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
-from quantrack.comparison.table import fitting
+from quantrack.comparison.fitting import fitting
 from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.download import PreparedData

@@ -82,7 +82,8 @@ def fetch(reference: str, setting: str, folder: Path) -> Path:
 
 
 def _cannot_fetch(setting: str, reference: str, error: Exception) -> str:
-    return f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)}); give what is there"
+    forms = "runs:/RUN_ID/PATH, models:/NAME@ALIAS or a file"
+    return f"{setting}={reference}: MLflow cannot fetch it ({one_line(error)}); give {forms}"
 
 
 def log_given_file(given: str, version: str, path: Path) -> None:
@@ -101,7 +102,7 @@ def of_a_version(reference: str, setting: str = "onnx") -> str:
     try:
         model, path = split_models_uri(reference)
         found = name_and_version(mlflow.MlflowClient(), model)
-    except mlflow.MlflowException as error:
+    except Exception as error:  # stores raise their own kinds
         raise QuantrackError(_cannot_fetch(setting, reference, error)) from error
     if len(found) == 1:  # a LoggedModel, which has no versions
         return reference

@@ -68,16 +68,17 @@ def require_run(run_id: str, setting: str) -> Run:
         QuantrackError: there is no such run.
     """
     run = find_run(run_id)
+    resumed = run.data.tags.get(RESUMED_TAG) if run is not None else None
+    if resumed is not None:
+        say(f"{setting}={run_id}: went on with run {resumed}; taking that one")
+        run = find_run(resumed)
     if run is None:
+        which = f", with which it went on: {resumed}," if resumed else ""
         raise QuantrackError(
-            f"{setting}={run_id}: no such run at {store_address()}; give the id of one that is there, or set "
+            f"{setting}={run_id}: no such run{which} at {store_address()}; give the id of one that is there, or set "
             "MLFLOW_TRACKING_URI to where it is"
         )
-    resumed = run.data.tags.get(RESUMED_TAG)
-    if resumed is None:
-        return run
-    say(f"{setting}={run_id}: went on with run {resumed}; taking that one")
-    return require_run(resumed, setting)
+    return run
 
 
 def store_address() -> str:

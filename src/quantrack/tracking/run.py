@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import mlflow
 import requests
 from mlflow.entities import Run
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
+from quantrack.cache import variable_kept
 from quantrack.errors import QuantrackError, memory_problem, place_and_reason
 from quantrack.progress import say
 from quantrack.tracking.environment import git_commit
-from quantrack.tracking.read import RESUMED_TAG, current_run, one_line, store_address
+from quantrack.tracking.read import (
+    RESUMED_TAG,
+    active_run_id,
+    current_run,
+    one_line,
+    store_address,
+    without_credentials,
+)
 
 REASON_TAG = "failure_reason"
 MAX_TAG = 5000
@@ -36,8 +44,8 @@ def tracked_run(entry: str, parameters: Mapping[str, str], *, nested: bool = Fal
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # without the parent's experiment named, that of the environment would be taken
     experiment_id = current_run().info.experiment_id if nested else None
-    if not nested and not store_answers():
-        say(f"MLflow at {store_address()} does not answer; trying for some minutes (MLFLOW_TRACKING_URI names another)")
+    if not nested:
+        say_if_away()
     try:
         run = _started(nested, experiment_id)
     except Exception as error:  # a database's driver raises its own kinds
@@ -65,9 +73,17 @@ def store_answers() -> bool:
         return True
     try:
         requests.get(address, timeout=ANSWER_WITHIN)
-    except requests.RequestException:
+    except requests.exceptions.SSLError:  # MLflow may have certificates of its own
+        return True
+    except (requests.ConnectionError, requests.Timeout):
         return False
     return True
+
+
+def say_if_away() -> None:
+    """Tell the user why nothing happens for a while."""
+    if not store_answers():
+        say(f"MLflow at {store_address()} does not answer; trying for some minutes (MLFLOW_TRACKING_URI names another)")
 
 
 @contextmanager
@@ -99,10 +115,8 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         raise
     except Exception as error:
         told = _in_one_line(error)
-        if not told:
-            with suppress(Exception):  # what went wrong first is what is told
-                mlflow.log_text(traceback.format_exc(), "traceback.txt")
-        _end("FAILED", told or f"{type(error).__name__}: {error}")
+        foreseen = isinstance(error, mlflow.MlflowException) or memory_problem(error)
+        _end("FAILED", told or f"{type(error).__name__}: {error}", "" if foreseen else traceback.format_exc())
         if told:
             raise QuantrackError(told) from error
         raise
@@ -110,6 +124,7 @@ def _ended_as_the_work_ends() -> Iterator[None]:
         _end("FAILED", f"{type(error).__name__}: {error}")
         raise
     try:
+        say_if_away()
         mlflow.end_run("FINISHED")
     except mlflow.MlflowException as error:
         raise QuantrackError(store_problem(error)) from error
@@ -119,7 +134,9 @@ def _in_one_line(error: Exception) -> str | None:
     """What to tell of an error of the store or the machine; None for others, which are mistakes in Quantrack."""
     if isinstance(error, mlflow.MlflowException):
         return store_problem(error)
-    return memory_problem(error) or (place_and_reason(error) if isinstance(error, OSError) else None)
+    if isinstance(error, OSError):
+        return place_and_reason(error) if error.strerror else one_line(error)
+    return memory_problem(error)
 
 
 def store_problem(error: Exception) -> str:
@@ -147,14 +164,31 @@ def _made_up(name: str) -> bool:
     return predicate in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
 
 
-def _end(status: str, reason: str) -> None:
-    """End the active run even if MLflow refuses the tag: a run that is left open, MLflow itself marks as FINISHED."""
-    if not store_answers():
-        os.environ[RETRIES] = "0"  # for each of the calls that end a run, MLflow's at the process's end among them
+def _end(status: str, reason: str, trace: str = "") -> None:
+    """End the active run, whatever becomes of the tag and of the traceback: MLflow ends one left open as FINISHED."""
+    run_id = active_run_id()
     try:
-        try:
-            mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])
-        finally:
-            mlflow.end_run(status)
+        with _no_retries_where_away():
+            try:
+                mlflow.set_tag(REASON_TAG, reason[:MAX_TAG])
+                if trace:
+                    mlflow.log_text(without_credentials(trace), "traceback.txt")
+            finally:
+                mlflow.end_run(status)
     except mlflow.MlflowException as error:
         say(f"that the run is {status} could not be recorded: {store_problem(error)}")
+    finally:
+        left = mlflow.active_run()
+        if left is not None and left.info.run_id == run_id:  # interrupted again, while the server was asked
+            mlflow.end_run(status)
+
+
+@contextmanager
+def _no_retries_where_away() -> Iterator[None]:
+    """MLflow would try each call for minutes, and there are several."""
+    if store_answers():
+        yield
+        return
+    with variable_kept(RETRIES):
+        os.environ[RETRIES] = "0"
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from quantrack.tracking.read import active_run_id, current_run, read_json, requi
 
 VALIDATION = f"validation/{ACCURACY}"
 START_TAG = "ptq_run_id"
+TRAININGS = "training"  # within the cache
 TRAINED = re.compile("(-qat)+$")  # what trainings add to the name of a start's recipe
 
 
@@ -75,7 +77,7 @@ def training_folder(run_id: str) -> Iterator[Path]:
     Raises:
         QuantrackError: another process is using it, or it cannot be made.
     """
-    folder = writable_folder(*_folder_of(run_id).relative_to(cache_folder()).parts)
+    folder = writable_folder(TRAININGS, run_id)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,11 +91,13 @@ def training_folder(run_id: str) -> Iterator[Path]:
             if [path.name for path in folder.iterdir()] == ["lock"]:  # a setting was refused: nothing to go on with
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)  # while no other process can take the lock
+        gone = folder.with_name(f".{folder.name}.gone")  # under its name another process may lock a new one meanwhile
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _folder_of(run_id: str) -> Path:
-    return cache_folder() / "training" / run_id
+    return cache_folder() / TRAININGS / run_id
 
 
 def require_training_folder(run: Run) -> None:

@@ -133,6 +133,8 @@ def _rows(path: Path, context: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         SystemExit: they were measured on something else, so that they do not go into one table.
     """
+    if not path.is_file():
+        return {}
     record = json.loads(path.read_text())
     for key, value in context.items():
         if record.get(key) != value:

@@ -49,6 +49,7 @@ from quantrack.tracking.training import (
     recorded_settings,
     recorded_start,
     run_to_resume,
+    say_how_to_go_on,
     start_state,
     training_folder,
 )
@@ -116,6 +117,7 @@ def train_and_prove(settings: QatSettings, inputs: Inputs, folder: Path) -> None
     training = TrainingSettings(settings.epochs, settings.batch, settings.imgsz, settings.patience, settings.seed)
     data = write_yolo_data(inputs.pictures, folder)
     work = TrainingJob(student, quantization.groups, validate, new_epoch_log(), training, data, folder, device)
+    say_how_to_go_on(folder)
     log_training(train(work), work.best)
     take_over_student(job, student)
 

@@ -1,3 +1,7 @@
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from quantrack.errors import UsageError
@@ -64,7 +68,10 @@ def test_a_logged_recipe_and_the_same_settings_are_the_run_again(given, tmp_path
 
 def test_a_recipe_file_plans_bits_for_int4_too(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text("steps: [{plan_bits: {average: 4.2, bits: [4, 8]}}, insert_quantizers]")
+    path.write_text(
+        "steps: [{plan_bits: {average: 4.2, bits: [4, 8]}}, insert_quantizers, observe_activations, mse_weight_scales, "
+        "min_max_activation_ranges]"
+    )
     settings = PtqSettings(recipe=str(path), weight_storage="int4", plan_by="layer")
     assert settings.chosen_recipe().plan == PlanBits(4.2, (4, 8), "layer")
 
@@ -120,3 +127,57 @@ def test_sensitivity_runs_nothing_in_onnx_runtime():
 def test_a_training_has_the_size_that_it_says():
     with pytest.raises(UsageError, match="imgsz=304: must be a multiple of 32 to be trained at"):
         QatSettings(imgsz=304)
+
+
+OBSERVED = "insert_quantizers, observe_activations"
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "said"),
+    [
+        (
+            f"{OBSERVED}, mse_weight_scales, gptq, bias_correction",
+            {},
+            "bias_correction: put one that sets ra",
+        ),
+        (f"{OBSERVED}, mse_weight_scales", {}, "lacks a step for w4a8: one that sets ranges"),
+        (f"{OBSERVED}, min_max_activation_ranges", {}, "lacks a step for w4a8: one that sets weight scales"),
+        ("plan_bits", {}, "lacks a step for w4a8: insert_quantizers"),
+        (
+            "plan_bits, insert_quantizers: {float_roles: [dfl, first]}, observe_activations, mse_weight_scales, "
+            "min_max_activation_ranges",
+            {},
+            "float_roles: a plan of bits leaves only dfl float, not first",
+        ),
+        (
+            "insert_quantizers: {float_roles: [head output]}, observe_activations, mse_weight_scales, "
+            "min_max_activation_ranges",
+            {"avg_bits": 4.5},
+            "float_roles: a plan of bits leaves only dfl float, not head output",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_any_work(
+    steps: str, settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("steps: [" + re.sub(r"(\w+: \{[^}]*\})", r"{\1}", steps) + "]")
+    with pytest.raises(UsageError, match=f"recipe=own: {said}"):
+        PtqSettings(recipe=str(path), **settings)
+
+
+def test_float_activations_need_no_ranges(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("steps: [insert_quantizers, mse_weight_scales, gptq, bias_correction]")
+    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe().name == "own"
+
+
+def test_a_file_is_not_called_as_one_of_our_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "default.yaml"
+    path.write_text("steps: [insert_quantizers, mse_weight_scales]")
+    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe().name == "default.yaml"
+
+
+def test_weights_that_could_not_be_packed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="weight_storage=int4: weights have 5 bits or more; give plan_bits with 4"):
+        PtqSettings(mode="w4a16", weight_storage="int4", avg_bits=5.5, plan_bits="5,6")

@@ -19,7 +19,15 @@ from quantrack.datasets.download import DownloadSettings
 from quantrack.errors import UsageError
 from quantrack.quantization.bit_plan import BIT_RANGE, PLANNED_BY
 from quantrack.quantization.plan_bits import FOR_INT4, PlanBits
-from quantrack.quantization.recipe import RECIPES, Recipe, for_packed_weights, parse_recipe, recipe_for
+from quantrack.quantization.recipe import (
+    RECIPES,
+    Recipe,
+    for_packed_weights,
+    parse_recipe,
+    recipe_for,
+    require_complete,
+    require_plannable,
+)
 from quantrack.quantization.sensitivity import ESTIMATED, MEASURES
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
@@ -165,7 +173,11 @@ class PtqSettings(RecipeSettings):
                 f"{name}={value}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
             )
             _require(not self.plan or name == "plan", f"{name}={value}: the plan has its own bits; give one")
-        planned = self.chosen_recipe().plan is not None
+        recipe = self.chosen_recipe()
+        require_complete(recipe, scheme)
+        planned = recipe.plan is not None
+        if planned or self.plan:
+            require_plannable(recipe)
         for name in ("plan_bits", "plan_by"):
             value = self.own_bits.get(name)
             _require(planned or not value, f"{name}={value}: there is no budget to plan for; give avg_bits")
@@ -234,6 +246,9 @@ class PtqSettings(RecipeSettings):
             _require(
                 scheme.weight_bits <= 4, f"weight_storage=int4: {scheme.name} has 8-bit weights; use w4a8 or w4a16"
             )
+            plan = self.chosen_recipe().plan
+            fewest = min(plan.bits) if plan is not None else 4
+            _require(fewest <= 4, f"weight_storage=int4: weights have {fewest} bits or more; give plan_bits with 4")
         if self.target == "tensorrt":
             usual = self.placement == "inputs" and self.weight_storage == "int8" and self.precision == "fp32"
             _require(usual, "target=tensorrt: TensorRT places and stores by itself; leave the other variants out")

@@ -132,7 +132,7 @@ def test_a_changed_output_is_refused(small, tmp_path):
 
 
 def test_eight_bit_weights_are_refused(small, tmp_path):
-    with pytest.raises(QuantrackError, match="no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16"):
+    with pytest.raises(QuantrackError, match="no weight is within 4 bits; give w4a8 or w4a16, and plan_bits"):
         store_as_int4(small.files("w8a8").optimized, tmp_path / "packed.onnx")
 
 

@@ -136,7 +136,7 @@ def test_evaluate_refuses_another_input_size(ptq_run: Run, shared_store: Path) -
 def test_evaluate_refuses_the_other_head(ptq_run: Run, shared_store: Path) -> None:
     uri = f"runs:/{ptq_run.info.run_id}/onnx/small-w4a8-qcdq-ptq-opt.onnx"
     done = run_pipeline(shared_store, "evaluate", *QUICK, "--onnx", uri, "--head", "one2many")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "use head=one2one" in done.stderr
 
 

@@ -80,7 +80,7 @@ def test_a_run_that_passes_becomes_champion_once(ptq_run: Run, shared_store: Pat
     assert version.run_id == ptq_run.info.run_id
     card = version.description
     assert "| mAP50-95 |" in card
-    assert "pictures val12 (digest" in card
+    assert "- pictures: val12 (digest" in card
     assert card == mlflow.artifacts.load_text(f"runs:/{made.info.run_id}/model_card.md")
 
     again = run_pipeline(shared_store, "promote", *options)

@@ -95,6 +95,14 @@ def test_a_plan_without_an_average_reads_as_it_was_written(tmp_path: Path) -> No
             "steps: [insert_quantizers, gptq]",
             "gptq: put a step that sets weight scales, such as mse_weight_scales, ",
         ),
+        (
+            "steps: [insert_quantizers, observe_activations, channel_equalization, channel_equalization]",
+            "channel_equalization: only once$",
+        ),
+        (
+            "steps: [insert_quantizers, mse_weight_scales, {gptq: {centred: false}}, min_max_weight_scales]",
+            "min_max_weight_scales: put it before gptq$",
+        ),
         ("steps: [insert_quantizers, distillation]", "distillation: put a step that sets weight scales"),
         ("steps: [insert_quantizers, bias_correction]", "bias_correction: put a step that sets weight scales"),
         (

@@ -33,6 +33,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 from ultralytics.utils import RANK  # noqa: E402
 from ultralytics.utils.torch_utils import unwrap_model  # noqa: E402
 
+LAST = "last.pt"
 COLLAPSED_SHARE = 0.5  # of the best validation score, twice in a row
 WARM_UP_SHARE = 0.1
 WITHOUT_MOSAIC_SHARE = 1 / 3
@@ -86,7 +87,7 @@ class TrainingJob:
     @property
     def last(self) -> Path:
         """After the last whole epoch: everything to go on from."""
-        return self.folder / "last.pt"
+        return self.folder / LAST
 
     @property
     def best(self) -> Path:

@@ -44,7 +44,10 @@ def store_as_int4(source: Path, target: Path) -> int:
             packed += 1
         nodes.append(node)
     if not packed:
-        raise QuantrackError(f"{source}: no weight is within 4 bits; weight_storage=int4 needs w4a8 or w4a16")
+        raise QuantrackError(
+            "weight_storage=int4: no weight is within 4 bits; give w4a8 or w4a16, and plan_bits, avg_bits or a plan "
+            "that has such"
+        )
     graph.replace(nodes)
     write_graph(graph, target)
     return packed

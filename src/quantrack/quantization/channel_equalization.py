@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantrack.detector.roles import Role, convolution_roles
-from quantrack.errors import QuantrackError, UsageError
+from quantrack.errors import UsageError
 from quantrack.progress import track
 from quantrack.quantization.job import ActivationStatistics, QuantizationJob
 from quantrack.quantization.layers import (
@@ -127,11 +127,11 @@ def require_scales_of_tensors(model: nn.Module, wanted_for: str) -> None:
     """Refuse a quantized model with equalized channels, as a runtime wants one scale for all of them.
 
     Raises:
-        QuantrackError: a convolution's channels are equalized.
+        UsageError: a convolution's channels are equalized.
     """
     for name, layer in quantized_layers(model).items():
         if layer.input_scale is not None:
-            raise QuantrackError(
+            raise UsageError(
                 f"{wanted_for}: {name}'s input channels are equalized; start from a run with the same {wanted_for}"
             )
 

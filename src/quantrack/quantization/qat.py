@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quantrack.detector.heads import RawOutputs, raw_outputs_in_training
 from quantrack.detector.roles import Role, convolution_roles
 from quantrack.detector.student import Student
-from quantrack.errors import QuantrackError, UsageError
+from quantrack.errors import UsageError
 from quantrack.quantization.channel_equalization import require_scales_of_tensors
 from quantrack.quantization.divergence import divergence
 from quantrack.quantization.fit_pair_sums import FitPairSums
@@ -82,7 +82,7 @@ def require_suits_variant(model: nn.Module, variant: Mapping[str, str]) -> None:
     Integer kernels want asymmetric ones, TensorRT symmetric ones, both one scale for a whole tensor.
 
     Raises:
-        QuantrackError: a convolution has others.
+        UsageError: a convolution has others.
     """
     if wanted_for := one_scale_for(variant):
         require_scales_of_tensors(model, wanted_for)
@@ -91,7 +91,7 @@ def require_suits_variant(model: nn.Module, variant: Mapping[str, str]) -> None:
         wanted = wanting.get(f"{name}={value}")
         for layer, plan in layer_plans(model).items():
             if wanted and plan.activation not in (None, wanted):
-                raise QuantrackError(
+                raise UsageError(
                     f"{name}={value}: {layer} has {plan.activation} activations, not {wanted}; start from a run with "
                     f"the same {name}={value}"
                 )

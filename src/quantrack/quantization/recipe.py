@@ -32,7 +32,7 @@ from quantrack.quantization.job import Step
 from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.plan_bits import PlanBits
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales, PercentileWeightScales
-from quantrack.schemes import one_scale_for
+from quantrack.schemes import Scheme, one_scale_for
 
 # What a recipe file may name.
 STEPS: dict[str, type[Step]] = {
@@ -65,6 +65,8 @@ NEEDED: tuple[tuple[tuple[type[Step], ...], tuple[type[Step], ...], str], ...] =
     ),
     ((ActivationRangeSearch,), ACTIVATION_RANGES, "a step that sets ranges, such as min_max_activation_ranges,"),
 )
+RUN_QUANTIZED = (ActivationRangeSearch, BlockReconstruction, Distillation, BiasCorrection)  # the quantized network
+ROUNDED = (Gptq, BlockReconstruction, Distillation)  # weights, on the grid that they have
 AFTER_CORRECTION = (BiasCorrection, Distillation)  # which see to the biases themselves
 BEFORE_EQUALIZATION = (PlanBits, InsertQuantizers, ObserveActivations)  # which leave weights and inputs as they are
 CALIBRATED: tuple[Step, ...] = (
@@ -172,7 +174,7 @@ def read_recipe(path: Path) -> Recipe:
         )
     _require_order(steps, path)
     _require_correction(steps, path)
-    return Recipe(path.stem, steps)
+    return Recipe(path.name if path.stem in RECIPES else path.stem, steps)  # default.yaml is not ours
 
 
 def _require_order(steps: tuple[Step, ...], path: Path) -> None:
@@ -188,6 +190,11 @@ def _require_order(steps: tuple[Step, ...], path: Path) -> None:
                 raise UsageError(f"recipe={path}: {step_name(step)}: put {words} before it")
         if isinstance(step, ObserveActivations) and any(isinstance(one, ChannelEqualization) for one in before):
             raise UsageError(f"recipe={path}: observe_activations: put it before channel_equalization")
+        rounded = [step_name(one) for one in before if isinstance(one, ROUNDED)]
+        if isinstance(step, WEIGHT_SCALES) and rounded:
+            raise UsageError(f"recipe={path}: {step_name(step)}: put it before {rounded[0]}")
+        if isinstance(step, ChannelEqualization) and any(isinstance(one, ChannelEqualization) for one in before):
+            raise UsageError(f"recipe={path}: channel_equalization: only once")
         too_early = [step_name(one) for one in before if not isinstance(one, BEFORE_EQUALIZATION)]
         if isinstance(step, ChannelEqualization) and too_early:
             raise UsageError(f"recipe={path}: channel_equalization: put it before {', '.join(too_early)}")
@@ -245,6 +252,40 @@ def _with_fitting_pairs(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     # behind distillation it comes last, as weights have to fit, and biases are corrected no more
     last = len(kept) - any(isinstance(step, BiasCorrection) for step in kept[-1:])
     return (*kept[:last], FitPairSums(), *kept[last:])
+
+
+def require_complete(recipe: Recipe, scheme: Scheme) -> None:
+    """Check that a recipe leaves every quantizer of a mode with its scale, before any of its steps runs.
+
+    Raises:
+        UsageError: a step is missing, or comes after one that works with what it sets.
+    """
+    steps = recipe.steps
+    wanted: list[tuple[tuple[type[Step], ...], str]] = [
+        ((InsertQuantizers,), "insert_quantizers"),
+        (WEIGHT_SCALES, "one that sets weight scales"),
+    ]
+    wanted += [(ACTIVATION_RANGES, "one that sets ranges")] if scheme.activation_bits is not None else []
+    for kinds, words in wanted:
+        place = next((place for place, step in enumerate(steps) if isinstance(step, kinds)), None)
+        if place is None:
+            raise UsageError(f"recipe={recipe.name}: lacks a step for {scheme.name}: {words}")
+        early = [step_name(step) for step in steps[:place] if isinstance(step, RUN_QUANTIZED)]
+        if early:
+            raise UsageError(f"recipe={recipe.name}: {early[0]}: put {words} before it, for {scheme.name}")
+
+
+def require_plannable(recipe: Recipe) -> None:
+    """Check that a recipe leaves no role float that a plan of bits gives bits to.
+
+    Raises:
+        UsageError: it does.
+    """
+    for step in recipe.steps:
+        others = set(step.float_roles) - {Role.DFL} if isinstance(step, InsertQuantizers) else set()
+        if others:
+            named = ", ".join(sorted(role.value for role in others))
+            raise UsageError(f"recipe={recipe.name}: float_roles: a plan of bits leaves only dfl float, not {named}")
 
 
 def step_name(step: Step) -> str:

@@ -20,13 +20,14 @@ from quantrack.datasets.calibration import CalibrationSet
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.datasets.training import TrainingPictures
 from quantrack.detector.load import Detector
-from quantrack.detector.training import Epoch, Trained
+from quantrack.detector.training import LAST, Epoch, Trained
 from quantrack.errors import QuantrackError, UsageError
 from quantrack.evaluation.bootstrap import paired_drop_interval
 from quantrack.evaluation.coco_metrics import detections_from_json, drop_points
 from quantrack.evaluation.measure import Proof
 from quantrack.evaluation.plots import training_figure
 from quantrack.progress import say
+from quantrack.quantization.recipe import parse_recipe
 from quantrack.settings import QatSettings, setting_name
 from quantrack.tracking.log import log_dataset
 from quantrack.tracking.models import fetch
@@ -83,17 +84,21 @@ def training_folder(run_id: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise QuantrackError(f"run {run_id}: another process is training it; wait for it to end") from error
-        hint = f"; if it is interrupted, go on with: -e qat -P resume={run_id}" if cache_lasts() else ""
-        say(f"training in {folder}{hint}")
         try:
             yield folder
-        except UsageError:
-            if [path.name for path in folder.iterdir()] == ["lock"]:  # a setting was refused: nothing to go on with
+        except QuantrackError:
+            if not (folder / LAST).is_file():  # nothing to go on with
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         gone = folder.with_name(f".{folder.name}.gone")  # under its name another process may lock a new one meanwhile
         os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def say_how_to_go_on(folder: Path) -> None:
+    """Tell the user where the active run trains, and what to do after an interruption."""
+    hint = f"; if it is interrupted, go on with: -e qat -P resume={active_run_id()}" if cache_lasts() else ""
+    say(f"training in {folder}{hint}")
 
 
 def _folder_of(run_id: str) -> Path:
@@ -155,7 +160,7 @@ def start_state(
             f"from_run={run_id}: was calibrated on other pictures than these {len(calibration.paths)}; give "
             "calib_list, calib_images and, with calib_list=random, seed as that run has them"
         )
-    given = Path(settings.recipe).stem
+    given = parse_recipe(settings.recipe).name
     if settings.recipe != QatSettings.recipe and given != TRAINED.sub("", start.recipe):
         raise UsageError(f"from_run={run_id}: was made by recipe {start.recipe}, not {given}; leave recipe out")
     mlflow.set_tag(START_TAG, run_id)

@@ -135,10 +135,11 @@ OBSERVED = "insert_quantizers, observe_activations"
 @pytest.mark.parametrize(
     ("steps", "settings", "said"),
     [
+        (f"{OBSERVED}, mse_weight_scales, gptq, bias_correction", {}, "lacks a step for w4a8: one that sets ranges"),
         (
-            f"{OBSERVED}, mse_weight_scales, gptq, bias_correction",
+            f"{OBSERVED}, mse_weight_scales, distillation, min_max_activation_ranges",
             {},
-            "bias_correction: put one that sets ra",
+            "distillation: put one that sets ranges before it, for w4a8",
         ),
         (f"{OBSERVED}, mse_weight_scales", {}, "lacks a step for w4a8: one that sets ranges"),
         (f"{OBSERVED}, min_max_activation_ranges", {}, "lacks a step for w4a8: one that sets weight scales"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantrack.quantization.recipe import STEPS, read_recipe
+from quantrack.quantization.recipe import read_recipe
+from quantrack.quantization.steps import STEPS
 from quantrack.settings import (
     BaselineSettings,
     BenchmarkSettings,

@@ -25,10 +25,9 @@ from quantrack.quantization.recipe import (
     for_packed_weights,
     parse_recipe,
     recipe_for,
-    require_complete,
-    require_plannable,
 )
 from quantrack.quantization.sensitivity import ESTIMATED, MEASURES
+from quantrack.quantization.steps import require_complete, require_plannable
 from quantrack.runtime.session import parse_provider
 from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
 
@@ -174,10 +173,10 @@ class PtqSettings(RecipeSettings):
             )
             _require(not self.plan or name == "plan", f"{name}={value}: the plan has its own bits; give one")
         recipe = self.chosen_recipe()
-        require_complete(recipe, scheme)
+        require_complete(recipe.name, recipe.steps, scheme)
         planned = recipe.plan is not None
         if planned or self.plan:
-            require_plannable(recipe)
+            require_plannable(recipe.name, recipe.steps)
         for name in ("plan_bits", "plan_by"):
             value = self.own_bits.get(name)
             _require(planned or not value, f"{name}={value}: there is no budget to plan for; give avg_bits")

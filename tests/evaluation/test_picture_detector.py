@@ -63,7 +63,8 @@ BROKEN = {
     b"": "empty",
     b"<html>": "not a JPEG, PNG, WebP or BMP",
     b"\xff\xd8\xff\xe0 half of a jpg": "truncated",
-    b"\x89PNG\r\n\x1a\n" + bytes(40): "damaged",
+    b"\x89PNG\r\n\x1a\n" + bytes(40): "truncated png",
+    b"\x89PNG\r\n\x1a\n" + bytes(40) + b"IEND\xaeB\x60\x82": "damaged",
     png(60_000, 60_000): "60000 x 60000 pixels are too many",
     png(32, 32): "damaged",
 }

@@ -33,14 +33,12 @@ def main(
     recipe: Annotated[str, typer.Option(help="As for `ptq`.")] = "default",
 ) -> None:
     """Quantize the architecture once, and write what it took."""
-    parameters = {
-        "model": model, "data_root": data_root, "mode": mode, "recipe": recipe, "eval_images": PICTURES,
-        "latency_runs": LATENCY_RUNS,
-    }  # fmt: skip
+    parameters = {"model": model, "mode": mode, "recipe": recipe, "eval_images": PICTURES, "latency_runs": LATENCY_RUNS}
     with fresh_cache():
         submitted = mlflow.projects.run(
-            str(ROOT), "ptq", parameters=parameters, env_manager="local", experiment_name=f"full-size-{name}"
-        )
+            str(ROOT), "ptq", parameters=parameters | {"data_root": data_root}, env_manager="local",
+            experiment_name=f"full-size-{name}",
+        )  # fmt: skip
     print(write(mlflow.get_run(submitted.run_id), name, parameters))
 
 
@@ -67,7 +65,9 @@ def write(run: Run, name: str, parameters: dict[str, str]) -> str:
     ]
     memory = metrics["peak_rss_mb"] * BYTES_PER_MB / BYTES_PER_GIB
     lines += ["", f"{metrics['quantize_seconds']:.0f} s in all, {memory:.2f} GiB at most."]
-    lines += [f"{record['date']}, {record['hardware']}, {' '.join(parameters.values())}."]
+    lines += [
+        f"{record['date']}, {record['hardware']}, {parameters['model']} {parameters['mode']} {parameters['recipe']}."
+    ]
     text = "\n".join(lines) + "\n"
     base.with_suffix(".md").write_text(text)
     return text

@@ -17,7 +17,14 @@ class UsageError(QuantrackError):
     exit_code = 2
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad allocation", "bad_alloc")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "bad allocation",
+    "bad_alloc",
+)
 
 
 def memory_problem(error: Exception) -> str | None:

@@ -42,6 +42,8 @@ def refuses(*arguments: object, **settings: object) -> None:
             mlflow.MlflowException("API request to https://me:a/b@host/api failed"),
             "MLflow at sqlite:///.*: API request to https://host/api failed",
         ),
+        (OSError(12, "Cannot allocate memory"), "memory ran out .*smaller imgsz"),
+        (PermissionError(13, "Permission denied", "/etc/shadow"), "/etc/shadow: Permission denied$"),
         (MemoryError(), "memory ran out .*smaller imgsz"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out .*Tried to allocate 2 GiB"),
         (QuantrackError("broken.jpg: empty"), "broken.jpg: empty"),

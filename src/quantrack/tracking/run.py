@@ -134,7 +134,7 @@ def _in_one_line(error: Exception) -> str | None:
     """What to tell of an error of the store or the machine; None for others, which are mistakes in Quantrack."""
     if isinstance(error, mlflow.MlflowException):
         return store_problem(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not memory_problem(error):
         return place_and_reason(error) if error.strerror else one_line(error)
     return memory_problem(error)
 

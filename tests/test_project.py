@@ -1,7 +1,9 @@
 """The promises that tie the project's files together."""
 
 import ast
+import pickletools
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,15 @@ def test_calibration_list_names_the_hundred_smallest_train_pictures() -> None:
     assert len(lines) == 100
     assert lines[0] == "datasets/coco2017/source-data/train2017/000000000009.jpg"
     assert lines == sorted(lines)
+
+
+@pytest.mark.parametrize("path", ["datasets/demo/yolov10n-demo.pt", "tests/small/small.pt"])
+def test_committed_checkpoints_name_no_folder_of_the_machine_that_trained_them(path: str) -> None:
+    with zipfile.ZipFile(ROOT / path) as archive:
+        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        texts = [value for _, value, _ in pickletools.genops(archive.read(pickled)) if isinstance(value, str)]
+    assert "train_args" in texts, "not what Ultralytics saves"
+    assert [text for text in texts if text.startswith(("/", "~")) or text == "git"] == []
 
 
 def test_the_recipes_of_the_docs(tmp_path):

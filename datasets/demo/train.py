@@ -49,6 +49,26 @@ def write_yolo_layout(root: Path, count: int, sizes: tuple[tuple[int, int], ...]
     return data
 
 
+def without_folders(checkpoint: Path) -> None:
+    """Save `checkpoint` anew with the names alone of the files and folders it was trained from, without the repository.
+
+    What is committed tells nothing of the machine that trained it. The weights stay as they are.
+    """
+    import torch
+
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    content.pop("git", None)
+    model = content["model"]
+    model.pt_path = Path(model.pt_path).name
+    for settings in (content["train_args"], model.args, model.yaml):
+        settings.update({key: Path(value).name for key, value in settings.items() if _is_path(value)})
+    torch.save(content, checkpoint)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and "/" in value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -80,6 +100,7 @@ def main() -> None:
     )  # fmt: skip
     trained = work / f"{options.architecture.stem}.pt"
     shutil.copy(model.trainer.last, trained)
+    without_folders(trained)
     print(f"trained: {trained}")
 
 

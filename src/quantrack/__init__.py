@@ -1,3 +1,3 @@
 """Quantrack: quantize YOLO detectors to low bits, and prove the result."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

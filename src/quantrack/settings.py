@@ -38,6 +38,7 @@ TRAINED_SIZES = 32  # pixels; Ultralytics rounds others up, whatever the stride
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator, which Ultralytics seeds, takes
 PROMOTED_TO = ("champion", "challenger")
 MODEL_NAME = re.compile(r"\w[\w .-]{0,199}")
+ALL_MODES = ",".join((*PRECISIONS, *SCHEMES))
 DEFAULT_CALIBRATION_LIST = "datasets/quantize-calib/quant100.txt"
 
 
@@ -314,12 +315,13 @@ class QatSettings(PtqSettings):
 class CompareSettings(RecipeSettings):
     """Several modes of one detector, or runs that are there already, side by side; a bit plan is for 4 bits only."""
 
-    modes: str = _setting("fp32,fp16,w8a16,w8a8,w4a16,w4a8", "Modes and precisions to measure, or to find measured.")
+    modes: str = _setting(ALL_MODES, "Modes and precisions to measure, or to find measured.")
     runs: str = _setting("", "Ids of finished runs to compare instead, separated by commas.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs:
+            _require(self.modes == ALL_MODES, f"modes={self.modes}: runs={self.runs} is given too; give one of the two")
             _require_distinct("runs", self.run_ids)
             _require(len(self.run_ids) > 1, f"runs={self.runs}: give at least two run ids, as in ID,ID")
             return

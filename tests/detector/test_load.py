@@ -112,6 +112,14 @@ def test_other_tasks_architecture(source):
         load(source)
 
 
+@pytest.mark.parametrize(("source", "last"), [("yolov8s-world.yaml", "WorldDetect"), ("yoloe-11s.yaml", "YOLOEDetect")])
+def test_detectors_that_take_texts_are_refused(source, last):
+    with pytest.raises(
+        QuantrackError, match=f"{source}: ends in {last}; Quantrack takes detectors that end in Detect or"
+    ):
+        load(source)
+
+
 def test_unknown_head():
     with pytest.raises(UsageError, match=r"head=both: .*one2one or one2many"):
         load("yolov10n.yaml", "both")

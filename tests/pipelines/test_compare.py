@@ -74,6 +74,7 @@ def test_runs_are_compared_by_id(comparison: Run, shared_store: Path) -> None:
     [
         (("--runs", "nosuchrun,nosuchrun2"), 1, "runs=nosuchrun: no such run"),
         (("--runs", "one"), 2, "give at least two run ids"),
+        (("--runs", "one,two", "--modes", "w4a8"), 2, "modes=w4a8: runs=one,two is given too; give one of the two"),
         (("--runs", "one,two,one"), 2, "runs=one,two,one: one is named twice"),
         (("--modes", "w4a8,w3a8"), 2, "modes=w3a8: unknown mode"),
         (("--modes", ","), 2, "modes=,: names none"),

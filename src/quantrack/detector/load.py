@@ -21,6 +21,8 @@ from quantrack.errors import QuantrackError, UsageError
 from quantrack.files import combined_digest, file_digest
 from quantrack.schemes import HEADS, MAX_DETECTIONS, ONE2MANY, ONE2ONE
 
+LAST_MODULES = ("Detect", "v10Detect")
+
 
 @dataclass(frozen=True)
 class Detector:
@@ -144,6 +146,11 @@ def _build(source: str, seed: int) -> tuple[nn.Module, str]:
     if task != "detect":
         kind = f"a {task} model" if task else "no YOLO"
         raise QuantrackError(f"model={source}: {kind}; Quantrack takes detection models")
+    last = description["head"][-1][-2]  # where the task was found
+    if last not in LAST_MODULES:
+        raise QuantrackError(
+            f"model={source}: ends in {last}; Quantrack takes detectors that end in {' or '.join(LAST_MODULES)}"
+        )
     # parsed, and so with the scale in the name: yolov10n and yolov10m share one text
     content = {key: value for key, value in description.items() if key != "yaml_file"}
     digest = combined_digest([json.dumps(content, sort_keys=True, default=str), str(seed)])
@@ -189,12 +196,11 @@ def _download(name: str, target: Path) -> Path:
 
 
 def _require_detection(model: nn.Module, source: str) -> None:
-    from ultralytics.nn.modules import Detect, v10Detect
     from ultralytics.nn.tasks import DetectionModel
 
     layers = getattr(model, "model", None)
     last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
-    if not isinstance(model, DetectionModel) or type(last) not in (Detect, v10Detect):
+    if not isinstance(model, DetectionModel) or type(last).__name__ not in LAST_MODULES:
         kind = type(model).__name__
         raise QuantrackError(f"model={source}: a {kind}, not a detection model; use a YOLO detector")
 

@@ -1,4 +1,4 @@
-"""Measure every mode through `mlflow run` and write the results table of the README.
+"""Measure every mode through `mlflow run` and write the accuracy tables of the documents.
 
     python benchmarks/accuracy_table.py MODEL DATA_ROOT --name yolov10n-val100
 

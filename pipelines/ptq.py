@@ -23,7 +23,7 @@ from quantrack.tracking.run_digest import log_run_digest
 def ptq(settings: PtqSettings) -> None:
     """Quantize a detector to low bits, export it as QCDQ ONNX, and prove it in ONNX Runtime on COCO."""
     scheme = parse_mode(settings.mode)
-    recipe = settings.chosen_recipe()
+    recipe = settings.chosen_recipe
     device = resolve_device(settings.device)
     if settings.require_gpu:
         require_cuda()

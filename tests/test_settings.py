@@ -52,7 +52,7 @@ def test_each_mode_of_a_comparison_gets_what_its_bits_have_a_use_for():
 
 @pytest.mark.parametrize(("given", "planned"), PLANS)
 def test_bits_are_planned_unless_they_go_by_role(given, planned):
-    recipe = PtqSettings(**given).chosen_recipe()
+    recipe = PtqSettings(**given).chosen_recipe
     assert recipe.plan == planned
     assert recipe.with_plan(None).steps == recipe.steps[planned is not None :]
 
@@ -61,9 +61,9 @@ def test_bits_are_planned_unless_they_go_by_role(given, planned):
 def test_a_logged_recipe_and_the_same_settings_are_the_run_again(given, tmp_path):
     settings = PtqSettings(**given)
     path = tmp_path / "default.yaml"  # as `reproduce` fetches a run's `recipe.yaml`
-    path.write_text(settings.chosen_recipe().text())
+    path.write_text(settings.chosen_recipe.text())
     again = parse_settings(PtqSettings, setting_texts(settings) | {"recipe": str(path)})
-    assert again.chosen_recipe().steps == settings.chosen_recipe().steps
+    assert again.chosen_recipe.steps == settings.chosen_recipe.steps
 
 
 def test_a_recipe_file_plans_bits_for_int4_too(tmp_path):
@@ -73,7 +73,7 @@ def test_a_recipe_file_plans_bits_for_int4_too(tmp_path):
         "min_max_activation_ranges]"
     )
     settings = PtqSettings(recipe=str(path), weight_storage="int4", plan_by="layer")
-    assert settings.chosen_recipe().plan == PlanBits(4.2, (4, 8), "layer")
+    assert settings.chosen_recipe.plan == PlanBits(4.2, (4, 8), "layer")
 
 
 def test_what_is_not_given_reads_as_nothing():
@@ -170,13 +170,13 @@ def test_recipes_that_cannot_work_are_refused_before_any_work(
 def test_float_activations_need_no_ranges(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("steps: [insert_quantizers, mse_weight_scales, gptq, bias_correction]")
-    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe().name == "own"
+    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe.name == "own"
 
 
 def test_a_file_is_not_called_as_one_of_our_recipes(tmp_path: Path) -> None:
     path = tmp_path / "default.yaml"
     path.write_text("steps: [insert_quantizers, mse_weight_scales]")
-    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe().name == "default.yaml"
+    assert PtqSettings(recipe=str(path), mode="w4a16").chosen_recipe.name == "default.yaml"
 
 
 def test_weights_that_could_not_be_packed_are_refused(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-CHUNK_BYTES = 1 << 20
-
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -76,18 +74,15 @@ def write_json(path: Path, content: object) -> None:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def code_digests(rooms: Sequence[str]) -> list[str]:
-    """The digests of the source files of these rooms, and of `schemes.py`, which all of them use."""
+def code_digests(rooms: Sequence[str], files: Sequence[str] = ()) -> list[str]:
+    """The digests of the source files of these rooms, of `schemes.py`, which all of them use, and of more files."""
     package = Path(__file__).parent
     paths = [path for room in rooms for path in sorted((package / room).glob("*.py"))]
-    return [file_digest(path) for path in (*paths, package / "schemes.py")]
+    return [file_digest(path) for path in (*paths, *(package / name for name in ("schemes.py", *files)))]
 
 
 def combined_digest(parts: Iterable[str]) -> str:

@@ -31,4 +31,4 @@ def new_bar(*columns: ProgressColumn) -> Progress:
 def say(line: str) -> None:
     """One status line to the user, on standard error; nothing where that is a terminal that is gone."""
     with suppress(OSError):
-        _console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -173,7 +174,7 @@ class PtqSettings(RecipeSettings):
                 f"{name}={value}: {scheme.name} has 8-bit weights throughout; use w4a8 or w4a16",
             )
             _require(not self.plan or name == "plan", f"{name}={value}: the plan has its own bits; give one")
-        recipe = self.chosen_recipe()
+        recipe = self.chosen_recipe
         require_complete(recipe.name, recipe.steps, scheme)
         planned = recipe.plan is not None
         if planned or self.plan:
@@ -194,8 +195,9 @@ class PtqSettings(RecipeSettings):
         named: dict[str, object] = {name: getattr(self, name) for name in ("plan", "avg_bits", "plan_bits", "plan_by")}
         return {name: value for name, value in named.items() if value not in (None, "")}
 
+    @cached_property
     def chosen_recipe(self) -> Recipe:
-        """The recipe as mode, variant and these settings' bits make it.
+        """The recipe as mode, variant and these settings' bits make it; a file is read once.
 
         Raises:
             UsageError: there is no such recipe, or no plan has so few or so many bits.
@@ -246,7 +248,7 @@ class PtqSettings(RecipeSettings):
             _require(
                 scheme.weight_bits <= 4, f"weight_storage=int4: {scheme.name} has 8-bit weights; use w4a8 or w4a16"
             )
-            plan = self.chosen_recipe().plan
+            plan = self.chosen_recipe.plan
             fewest = min(plan.bits) if plan is not None else 4
             _require(fewest <= 4, f"weight_storage=int4: weights have {fewest} bits or more; give plan_bits with 4")
         if self.target == "tensorrt":

@@ -1,11 +1,14 @@
 """What a run is done again with."""
 
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 
-from quantrack.settings import OnnxSettings
+from quantrack.quantization.recipe import RECIPES, Recipe
+from quantrack.settings import OnnxSettings, PtqSettings, setting_texts
+from quantrack.tracking.log import log_recipe
 from quantrack.tracking.models import log_given_file, of_a_version
 from quantrack.tracking.read import BASELINE_TAG, read_json
 from quantrack.tracking.reproduce import log_reproduction, read_record
@@ -51,6 +54,58 @@ def test_what_may_move_stands_for_what_it_was(given: str, version: int, path: st
 @pytest.mark.parametrize("reference", ["runs:/0123/onnx", "a/file.onnx", "models:/m-0123"])
 def test_what_cannot_move_stays_as_it_is(reference: str, tmp_path: Path) -> None:
     assert reproduced(reference, tmp_path) == reference
+
+
+def quantized(settings: PtqSettings, recipe: Recipe) -> str:
+    """The id of a finished `ptq` run that logged a recipe."""
+    with tracked_run("ptq", setting_texts(settings)) as run:
+        log_recipe(recipe)
+        mlflow.set_tag("recipe", recipe.name)
+        mlflow.log_dict({}, "environment.json")
+        mlflow.log_metrics({"mAP50-95": 0.4, "onnx_mb": 2.5})
+    return str(run.info.run_id)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "w4a8"},
+        {"mode": "w8a8"},
+        {"mode": "w8a16", "recipe": "best"},
+        {"mode": "w4a8", "placement": "full"},
+        {"mode": "w4a16", "weight_storage": "int4"},
+        {"mode": "w4a8", "recipe": "fast", "avg_bits": 4.2, "plan_bits": "4,7", "plan_by": "layer"},
+        {"mode": "w8a8", "recipe": "fast", "target": "tensorrt"},
+    ],
+    ids=str,
+)
+def test_a_recipe_of_ours_keeps_its_name(given: dict[str, Any], tmp_path: Path) -> None:
+    """Its name is in the file, so a file of another name has other bytes."""
+    settings = PtqSettings(**given)
+    again = read_record(quantized(settings, settings.chosen_recipe), "", tmp_path).settings
+    assert isinstance(again, PtqSettings)
+    assert again == settings
+    assert again.chosen_recipe == settings.chosen_recipe
+
+
+@pytest.mark.usefixtures("store")
+def test_a_recipe_that_has_other_steps_by_now_is_taken_from_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = PtqSettings(mode="w8a8", recipe="fast")
+    of_then = Recipe("fast", RECIPES["fast"][:-1])
+    record = read_record(quantized(settings, of_then), "", tmp_path)
+    assert isinstance(record.settings, PtqSettings)
+    assert record.settings.chosen_recipe.steps == of_then.steps
+    again = quantized(record.settings, record.settings.chosen_recipe)
+    mlflow.MlflowClient().log_metric(again, "onnx_mb", 2.6)
+    with tracked_run("reproduce", {}):
+        assert log_reproduction(record, again) == ()
+    said = capsys.readouterr().err
+    assert (
+        "recipe=fast has other steps by now, so the recorded ones ran under another name; not compared: onnx_mb" in said
+    )
 
 
 def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:

@@ -7,8 +7,9 @@ MaxPool, Slice and Split as they are), and a convolution only with an INT32 bias
 every activation on the way to a convolution gets a quantizer of its own, and the head's outputs do;
 attention and the head's decoding stay float, and so does SiLU where that is faster (see `float_silu`).
 
-The convolutions' inputs keep the scale and zero point that they were calibrated with. All activations
-are unsigned: ONNX Runtime's x86 kernels for signed ones are twenty times slower.
+The convolutions' inputs keep the scale and zero point that they were calibrated with, or get coarser
+ones where several convolutions or a Concat share a grid. All activations are unsigned: ONNX Runtime's
+x86 kernels for signed ones are twenty times slower.
 """
 
 from __future__ import annotations

@@ -27,12 +27,9 @@ from quantrack.quantization.importance import output_importance, with_covariance
 from quantrack.quantization.input_columns import drawn_columns, input_columns, mean_column, output_size
 from quantrack.quantization.job import QuantizationJob
 from quantrack.quantization.layers import QuantizedConvolution, layers_of_block, quantized_input, quantized_layers
-from quantrack.schemes import Scheme
 
 CONSTANT = 1e-6  # share of inputs' power about their mean, below which it is nothing but float32's rounding
 MOST_CATEGORIES = 2**24  # that torch.multinomial draws from; positions of larger inputs are drawn evenly
-ANY_MODE = Scheme("any mode", 8, None)
-KEPT = "kept.json"  # beside the files of a kept walk: how many they are, and the seconds that it took
 
 
 @dataclass(frozen=True)

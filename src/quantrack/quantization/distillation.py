@@ -39,7 +39,7 @@ class Distillation:
 
     Rates are Adam's, at the start of a cosine: `learning_rate` in weight steps of a 4-bit grid,
     `scale_rate` relative, `bias_rate` absolute. One picture in ten is held back to choose the best of
-    ten checks, the start included. `mixed_precision` computes convolutions in bfloat16, on devices that have it.
+    the start and some ten checks. `mixed_precision` computes convolutions in bfloat16, on devices that have it.
     """
 
     steps: int = 240

@@ -46,7 +46,7 @@ class Clamp(nn.Module):
 
 
 class QuantizeInPlace(QuantizeToIntegers):
-    """The bits that Brevitas' `IntQuant` gives; without gradients in one buffer, in a quarter of the time on a CPU.
+    """Equal to the bit to Brevitas' `IntQuant`; without gradients in one buffer, in a quarter of the time on a CPU.
 
     Of quantizers that round to nearest from the first step on and see their input as it is, as all here do.
     """

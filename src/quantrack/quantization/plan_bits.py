@@ -51,7 +51,7 @@ class PlanBits:
 
 
 FOR_INT4 = PlanBits(average=None, bits=(4, 7), by="layer")
-"""For the smallest file: INT4 and INT8 store nothing else without waste, and it is as large as that of bits by role."""
+"""For the smallest file: 4 and 7 bits waste nothing of INT4 and INT8; the file is as large as with bits by role."""
 
 
 def average_by_role(rows: Sequence[LayerSensitivity], most: int) -> float:

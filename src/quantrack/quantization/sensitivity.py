@@ -223,7 +223,12 @@ def make_plan(
 
     By `layer`, or by `channel`: each output channel has bits of its own. The head's outputs are planned by layer in
     any case: a channel there is a class, and of most classes a few pictures show nothing.
+
+    Raises:
+        UsageError: a plan by channel is asked for, and the measure told nothing of channels.
     """
+    if plan_by == "channel" and not all(row.channel_errors for row in rows):
+        raise UsageError(f"plan_by={plan_by}: the measure tells nothing of channels; use measure={ESTIMATED}")
     costs = {row.name: row.parts if plan_by == "channel" and row.role is not Role.HEAD_OUTPUT else [] for row in rows}
     chosen = solve_bits([cost for row in rows for cost in costs[row.name] or [row.cost]], average_bits)
     return BitPlan(

@@ -1,8 +1,8 @@
 """Finished steps on disk, so that a rerun which changes a later step starts there.
 
 A step's key is the digest of everything that its result depends on: the model, mode, bit plan,
-pictures, input size, seed, device kind, the versions of the libraries, Quantrack's own code, and the
-settings of the step and of all before it.
+pictures, input size, seed, the processor or GPU and its threads, the versions of the libraries,
+Quantrack's own code, and the settings of the step and of all before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from quantrack.cache import CACHE_VARIABLE, cache_folder
-from quantrack.detector.device import has_bfloat16
+from quantrack.detector.device import hardware_name, has_bfloat16
 from quantrack.errors import memory_problem
 from quantrack.files import atomic_path, code_digests, combined_digest, write_json
 from quantrack.progress import say
@@ -52,6 +52,7 @@ def step_keys(job: QuantizationJob, steps: Sequence[object]) -> list[str]:
             str(job.batch),
             str(job.seed),
             job.device.type,
+            hardware_name(job.device),
             str(has_bfloat16(job.device)),  # what distillation computes in
             str(torch.get_num_threads()),
             *(f"{name} {version(name)}" for name in LIBRARIES),

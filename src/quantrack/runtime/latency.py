@@ -108,7 +108,7 @@ def _median_interval(values: Milliseconds) -> tuple[float, float | None, float |
 
 
 def _warm_up(run: Callable[[], object], runs: int) -> None:
-    """Run until two blocks in a row take the same time, or for ten blocks; with few runs to time, for as many."""
+    """Run until two blocks in a row take the same time: two to ten blocks, no more than there are to time."""
     before = np.inf
     for _ in range(max(2, min(WARM_UP_BLOCKS, -(-runs // BLOCK)))):
         now = float(np.median(_time(run, BLOCK)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from quantrack.detector.device import processor_name
 from quantrack.quantization.step_cache import LIBRARIES
 from quantrack.runtime.session import CPU, usable_cores
 
@@ -16,8 +17,6 @@ PACKAGES = (
     "quantrack", "mlflow", "onnx", "onnxoptimizer", "onnxruntime-gpu", "onnxslim", "pycocotools", "torchvision",
     *LIBRARIES,
 )  # fmt: skip
-
-VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 
 
 def installed_versions() -> dict[str, str]:
@@ -38,27 +37,7 @@ def device_name(provider: str) -> str:
 
 def cpu_name() -> str:
     """The CPU's name, what else tells it from others, and its usable cores."""
-    info = Path("/proc/cpuinfo")
-    known = processor_text(info.read_text()) if info.is_file() else ""
-    return f"{known or platform.processor() or platform.machine()}, {usable_cores()} cores"
-
-
-def processor_text(info: str) -> str:
-    """The first processor of `/proc/cpuinfo`; empty where it has no name (ARM).
-
-    Clouds call processors of several generations by one name, so family and model stand with it, and whether it
-    has VNNI, which decides how fast integer kernels are.
-
-    >>> processor_text("model name: AMD EPYC\\ncpu family: 25\\nmodel: 17\\nflags: sse avx512_vnni\\n")
-    'AMD EPYC (family 25, model 17, VNNI)'
-    """
-    pairs = (line.partition(":")[::2] for line in info.partition("\n\n")[0].splitlines())
-    said = {name.strip(): value.strip() for name, value in pairs}
-    if "model name" not in said:
-        return ""
-    parts = [f"{what} {said[key]}" for key, what in (("cpu family", "family"), ("model", "model")) if key in said]
-    parts += ["VNNI"] if VNNI.intersection(said.get("flags", "").split()) else []
-    return said["model name"] + (f" ({', '.join(parts)})" if parts else "")
+    return f"{processor_name()}, {usable_cores()} cores"
 
 
 def environment_record(provider: str) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from quantrack.comparison.runs import ACCURACY
 from quantrack.errors import QuantrackError
 from quantrack.files import file_digest
 from quantrack.progress import say
-from quantrack.quantization.recipe import RECIPES, Recipe
+from quantrack.quantization.recipe import RECIPES
 from quantrack.settings import BaselineSettings, OnnxSettings, PtqSettings, QatSettings, SharedSettings, parse_settings
 from quantrack.tracking.log import log_json
 from quantrack.tracking.models import VERSION_TAG, fetch
@@ -93,13 +93,18 @@ def _recorded_files(run: Run, texts: Mapping[str, str], folder: Path) -> dict[st
     """Settings that named what may have changed since, as paths of what the run has logged."""
     found = {}
     if texts.get("recipe"):
-        recipe = fetch(f"runs:/{run.info.run_id}/recipe.yaml", "recipe", folder)
+        logged = fetch(f"runs:/{run.info.run_id}/recipe.yaml", "recipe", folder)
         name = run.data.tags["recipe"]
-        if name not in RECIPES or Recipe(name, RECIPES[name]).text() != recipe.read_text(encoding="utf-8"):
-            found["recipe"] = str(recipe.rename(folder / f"{name}.yaml"))
+        if name not in RECIPES or _steps_now(texts) != logged.read_text(encoding="utf-8"):
+            found["recipe"] = str(logged.rename(folder / f"{name}.yaml"))
     if texts.get("plan", "").strip("'\""):
         found["plan"] = str(fetch(f"runs:/{run.info.run_id}/plan.json", "plan", folder))
     return found
+
+
+def _steps_now(texts: Mapping[str, str]) -> str:
+    """What one of our recipes comes to today with a run's mode, bits and variant."""
+    return parse_settings(PtqSettings, texts).chosen_recipe.text()
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,11 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     before, now = dict(record.facts), facts(again)
     if ONNX_DIGEST not in before:  # a record of before it was logged
         now.pop(ONNX_DIGEST, None)
-    not_compared = [] if _from_one_baseline(record, again) else sorted(_drops(before) | _drops(now))
+    reasons = _not_compared(record, again, before.keys() | now.keys())
+    for reason, names in reasons.items():
+        say(f"{reason}; not compared: {', '.join(names)}")
+    not_compared = sorted(name for names in reasons.values() for name in names)
     before, now = ({name: text for name, text in each.items() if name not in not_compared} for each in (before, now))
-    if not_compared:
-        listed = ", ".join(not_compared)
-        say(f"not held against the float32 baseline of then, as far as is known; not compared: {listed}")
     found = differences(before, now)
     context: dict[str, object] = {
         name: {"before": record.run.data.tags.get(name), "now": again.data.tags.get(name)} for name in CONTEXT
@@ -178,8 +183,17 @@ def _from_one_baseline(record: Record, again: Run) -> bool:
     return record.entry_point != "evaluate" or (then is not None and then == now)
 
 
-def _drops(found: Mapping[str, str]) -> set[str]:
-    return {name for name in found if name.startswith(f"{ACCURACY}_drop")}
+def _not_compared(record: Record, again: Run, names: Iterable[str]) -> dict[str, list[str]]:
+    """What must differ although the same was done, by why."""
+    left_out = {}
+    if not _from_one_baseline(record, again):
+        drops = sorted(name for name in names if name.startswith(f"{ACCURACY}_drop"))
+        left_out["not held against the float32 baseline of then, as far as is known"] = drops
+    if record.run.data.tags.get("recipe") != again.data.tags.get("recipe"):  # and files carry its name
+        recipe = record.run.data.tags.get("recipe")
+        files = sorted(name for name in names if name.startswith("onnx"))
+        left_out[f"recipe={recipe} has other steps by now, so the recorded ones ran under another name"] = files
+    return {reason: listed for reason, listed in left_out.items() if listed}
 
 
 def _environment(run: Run) -> Mapping[str, object]:

@@ -21,6 +21,7 @@ from quantrack.tracking.read import finished_runs, has_artifact
 
 RUN_DIGEST, SOFTWARE = "run_digest", "software_digest"
 ROOMS = ("datasets", "detector", "quantization", "onnx", "runtime", "evaluation")  # whose code decides a result
+FILES = ("settings.py", "tracking/baseline.py", "tracking/quantized.py")  # what is run, beside what, in which order
 BY_CONTENT = (
     "model", "data_root", "calib_list", "plan", "avg_bits", "plan_bits", "plan_by", "mode", "recipe", "device",
     "provider", "trust_checkpoint",
@@ -43,7 +44,7 @@ def run_digest(
     device = resolve_device(settings.device)
     parts += [str(device), cpu_name() if device.type == "cpu" else "", str(torch.get_num_threads())]
     if isinstance(settings, PtqSettings):
-        recipe = settings.chosen_recipe()
+        recipe = settings.chosen_recipe
         parts += [parse_mode(settings.mode).name, recipe.name, recipe.text()]
         parts += [repr(fetch_plan(settings.plan).record())] if settings.plan else []
     return combined_digest([*parts, software_digest()])
@@ -51,7 +52,7 @@ def run_digest(
 
 def software_digest() -> str:
     """Of the libraries' versions and of the code of Quantrack that decides a result."""
-    return combined_digest([repr(sorted(installed_versions().items())), *code_digests(ROOMS)])
+    return combined_digest([repr(sorted(installed_versions().items())), *code_digests(ROOMS, FILES)])
 
 
 def log_run_digest(

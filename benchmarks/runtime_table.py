@@ -23,7 +23,7 @@ from mlflow.entities import Run
 from quantrack.runtime.latency import measure_in_turns
 from quantrack.runtime.session import CUDA, Session, open_session
 from quantrack.runtime.tune import tune
-from quantrack.schemes import variant_words
+from quantrack.schemes import Variant
 from quantrack.tracking.environment import cpu_name, device_name, installed_versions
 from quantrack.tracking.models import fetch_onnx
 
@@ -113,7 +113,7 @@ def main(
 def row(run: Run, float_mb: float) -> dict[str, object]:
     """What the record keeps of a run."""
     tags, metrics = run.data.tags, run.data.metrics
-    label = " ".join([tags["mode"].upper(), *(variant_words(tags) if "placement" in tags else ())])
+    label = " ".join([tags["mode"].upper(), *Variant.of(tags).words])
     return {
         "name": label,
         "date": datetime.now(UTC).date().isoformat(),

@@ -107,7 +107,7 @@ def train_and_prove(settings: QatSettings, inputs: Inputs, folder: Path) -> None
     start = starting_run(settings, inputs)
     job = new_job(detector, parse_mode(settings.mode), inputs.calibration, settings.imgsz, device, settings.seed)
     job.model = read_quantized(start_state(start, settings, detector, inputs.calibration, folder), job.float_model)
-    require_suits_variant(job.model, settings.variant_values())
+    require_suits_variant(job.model, settings.variant)
     leave_dfl_float(job)
 
     quantization = Qat(settings.lr0, settings.lr0_scales, settings.distill_weight, settings.amp)

@@ -7,7 +7,7 @@ are quantized.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from quantrack.errors import UsageError
 
@@ -59,7 +59,7 @@ def parse_mode(mode: str) -> Scheme:
     return scheme
 
 
-# What a quantized file may be besides its mode, and what it usually is.
+# What a quantized file may be besides its mode, and first what it usually is.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "placement": ("inputs", "full"),
     "weight_storage": ("int8", "int4"),
@@ -68,21 +68,48 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def variant_words(values: Mapping[str, str]) -> tuple[str, ...]:
-    """What sets a file apart from the usual one of its mode; values that are not given are the usual ones.
+@dataclass(frozen=True)
+class Variant:
+    """One choice of each of `VARIANTS`; as it is made, the usual file of a mode."""
 
-    >>> variant_words({"placement": "full", "weight_storage": "int8", "precision": "fp32"})
-    ('full',)
-    """
-    chosen = (values.get(name, usual) for name, (usual, _) in VARIANTS.items())
-    return tuple(word for word, (usual, _) in zip(chosen, VARIANTS.values(), strict=True) if word != usual)
+    placement: str = "inputs"
+    weight_storage: str = "int8"
+    precision: str = "fp32"
+    target: str = "onnxruntime"
 
+    @classmethod
+    def of(cls, values: Mapping[str, str]) -> Variant:
+        """That of settings or tags among others; those that are not there are the usual ones."""
+        return cls(**{name: values[name] for name in VARIANTS if name in values})
 
-def one_scale_for(values: Mapping[str, str]) -> str:
-    """The choice, if any, whose kernels want one scale for all channels of an activation; empty if there is none.
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What sets a file apart from the usual one of its mode.
 
-    >>> one_scale_for({"placement": "full", "target": "onnxruntime"})
-    'placement=full'
-    """
-    wanting = {"placement": "full", "target": "tensorrt"}
-    return next((f"{name}={choice}" for name, choice in wanting.items() if values.get(name) == choice), "")
+        >>> Variant(placement="full").words
+        ('full',)
+        """
+        chosen = asdict(self)
+        return tuple(chosen[name] for name, (usual, _) in VARIANTS.items() if chosen[name] != usual)
+
+    @property
+    def one_scale_for(self) -> str:
+        """The choice, if any, whose kernels want one scale for all channels of an activation; empty if there is none.
+
+        >>> Variant(placement="full").one_scale_for
+        'placement=full'
+        """
+        if self.placement == "full":
+            return "placement=full"
+        return "target=tensorrt" if self.target == "tensorrt" else ""
+
+    @property
+    def activation(self) -> str:
+        """What its kernels want activations to be; empty where they take both.
+
+        >>> Variant(target="tensorrt").activation
+        'symmetric'
+        """
+        if self.placement == "full":
+            return "asymmetric"
+        return "symmetric" if self.target == "tensorrt" else ""

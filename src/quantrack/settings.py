@@ -30,7 +30,7 @@ from quantrack.quantization.recipe import (
 from quantrack.quantization.sensitivity import ESTIMATED, MEASURES
 from quantrack.quantization.steps import require_complete, require_plannable
 from quantrack.runtime.session import parse_provider
-from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, parse_mode, variant_words
+from quantrack.schemes import HEADS, ONE2ONE, SCHEMES, VARIANTS, Scheme, Variant, parse_mode
 
 T = TypeVar("T")
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -152,9 +152,10 @@ class RecipeSettings(SharedSettings):
         if self.plan_by:
             _require_plan_by(self.plan_by)
 
-    def variant_values(self) -> dict[str, str]:
-        """The choices that make the variant of the file, by name."""
-        return {name: getattr(self, name) for name in VARIANTS}
+    @property
+    def variant(self) -> Variant:
+        """The choices that make the kind of file."""
+        return Variant(*(getattr(self, name) for name in VARIANTS))
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class PtqSettings(RecipeSettings):
         recipe = recipe.with_plan(self._plan_step(recipe))
         if self._is_our_recipe_for_int4 and self.placement == "inputs":
             recipe = for_packed_weights(recipe)
-        return recipe_for(self.variant_values(), recipe)
+        return recipe_for(self.variant, recipe)
 
     @property
     def _is_our_recipe_for_int4(self) -> bool:
@@ -234,7 +235,7 @@ class PtqSettings(RecipeSettings):
     @property
     def mode_and_variant(self) -> str:
         """The mode, and what sets its variant apart from the usual one, for names: `w4a8-full-int4`."""
-        return "-".join([self.scheme_name, *variant_words(self.variant_values())])
+        return "-".join([self.scheme_name, *self.variant.words])
 
     def _require_variant(self, scheme: Scheme) -> None:
         """Full placement needs activations that integer kernels take, INT4 storage weights that fit."""

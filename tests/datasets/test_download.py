@@ -17,11 +17,16 @@ import pytest
 
 from quantrack.datasets.download import DownloadSettings, build_from_source, download_coco, extract
 from quantrack.datasets.fetch import PROGRESS_BYTES, FetchPolicy, fetch
-from quantrack.datasets.pictures import picture_problem
+from quantrack.datasets.pictures import content_problem
 from quantrack.errors import QuantrackError, UsageError
 
 Misbehaviour = Callable[[BaseHTTPRequestHandler, bytes], None]
 FAST = FetchPolicy(retries=2, timeout=0.4, backoff=0.01)
+
+
+def problem_of(path: Path) -> str | None:
+    """What is downloaded here need not be a picture, but a whole one if it is."""
+    return content_problem(path.read_bytes())
 
 
 class Server(ThreadingHTTPServer):
@@ -142,7 +147,7 @@ def jpg(size: int = 4000) -> bytes:
 
 def get(server: Server, tmp_path: Path) -> Path:
     target = tmp_path / "picture.jpg"
-    fetch(f"{server.url}/picture.jpg", target, FAST, picture_problem)
+    fetch(f"{server.url}/picture.jpg", target, FAST, problem_of)
     return target
 
 
@@ -249,7 +254,7 @@ def test_offline_names_the_demo(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with pytest.raises(QuantrackError, match=r"no connection.*model=demo"):
-        fetch(f"http://127.0.0.1:{port}/x.jpg", tmp_path / "x.jpg", FAST, picture_problem)
+        fetch(f"http://127.0.0.1:{port}/x.jpg", tmp_path / "x.jpg", FAST, problem_of)
     assert not list(tmp_path.iterdir())
 
 
@@ -260,7 +265,7 @@ def test_stop_ends_the_tries(server: Server, tmp_path: Path) -> None:
     threading.Timer(0.2, stop.set).start()
     start = time.monotonic()
     with pytest.raises(QuantrackError, match="stopped"):
-        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem, stop=stop)
+        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, problem_of, stop=stop)
     assert time.monotonic() - start < 5
 
 
@@ -271,7 +276,7 @@ def test_stop_ends_a_slow_body(server: Server, tmp_path: Path) -> None:
     threading.Timer(0.1, stop.set).start()
     start = time.monotonic()
     with pytest.raises(QuantrackError, match="stopped; what is downloaded stays"):
-        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, picture_problem, stop=stop)
+        fetch(f"{server.url}/picture.jpg", tmp_path / "picture.jpg", policy, problem_of, stop=stop)
     assert time.monotonic() - start < 2
     assert (tmp_path / "picture.jpg.part").stat().st_size > 0
 

@@ -14,7 +14,7 @@ from quantrack.quantization.apply import apply_recipe
 from quantrack.quantization.bit_plan import BitPlan
 from quantrack.quantization.job import QuantizationJob, new_job
 from quantrack.quantization.recipe import parse_recipe, recipe_for
-from quantrack.schemes import parse_mode
+from quantrack.schemes import Variant, parse_mode
 
 
 class Small:
@@ -47,7 +47,7 @@ class Small:
             detector = load_detector(SMALL, head, self.SIZE, 0, False)
             job = new_job(detector, parse_mode(mode), self.calibration, self.SIZE, torch.device("cpu"), seed=0)
             job.plan = mixed_channels(job) if channels else None
-            apply_recipe(job, recipe_for({"target": "onnxruntime", "placement": placement}, parse_recipe(recipe)).steps)
+            apply_recipe(job, recipe_for(Variant(placement=placement), parse_recipe(recipe)).steps)
             folder = self.folder / "-".join(key)
             folder.mkdir()
             self._made[key] = export_quantized_files(job.model, self.facts(mode, head), folder)

@@ -18,6 +18,7 @@ from quantrack.quantization.insert_quantizers import InsertQuantizers
 from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
 from quantrack.runtime.parity import measure_parity
 from quantrack.runtime.session import open_session
+from quantrack.schemes import Variant
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w8a8"])
@@ -55,8 +56,8 @@ def test_zero_points_and_clips_are_refused(small):
 @pytest.mark.parametrize("name", ["fast", "default", "best"])
 def test_recipes_for_tensorrt_are_symmetric(name):
     recipe = parse_recipe(name)
-    assert recipe_for({"target": "onnxruntime", "placement": "inputs"}, recipe) is recipe
-    steps = recipe_for({"target": "tensorrt", "placement": "inputs"}, recipe).steps
+    assert recipe_for(Variant(), recipe) is recipe
+    steps = recipe_for(Variant(target="tensorrt"), recipe).steps
     symmetric = InsertQuantizers(activation="symmetric")
     kept = [step for step in recipe.steps if not isinstance(step, ChannelEqualization)]
     assert steps == tuple(symmetric if isinstance(step, InsertQuantizers) else step for step in kept)
@@ -66,7 +67,7 @@ def test_recipes_for_tensorrt_are_symmetric(name):
 
 def test_full_placement_keeps_one_scale_for_all_channels_and_searches_more_ranges():
     recipe = parse_recipe("default")
-    steps = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe).steps
+    steps = recipe_for(Variant(placement="full"), recipe).steps
     kept = [step for step in recipe.steps if not isinstance(step, ChannelEqualization)]
     assert len(kept) == len(recipe.steps) - 1
     fitting = [replace(step, fit_pairs=True) if isinstance(step, Gptq) else step for step in kept]
@@ -81,5 +82,5 @@ def test_full_placement_keeps_one_scale_for_all_channels_and_searches_more_range
 def test_full_placement_searches_more_only_in_the_place_of_equalized_channels(equalized, given, used):
     equalization = (ChannelEqualization(),) if equalized else ()
     own = Recipe("own", (InsertQuantizers(), *equalization, ActivationRangeSearch(least_share=given)))
-    full = recipe_for({"target": "onnxruntime", "placement": "full"}, own).steps
+    full = recipe_for(Variant(placement="full"), own).steps
     assert full == (InsertQuantizers(), ActivationRangeSearch(least_share=used), FitPairSums())

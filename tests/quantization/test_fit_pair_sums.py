@@ -29,7 +29,7 @@ from quantrack.quantization.qat import refit_pair_sums
 from quantrack.quantization.recipe import Recipe, parse_recipe, recipe_for
 from quantrack.quantization.trainable import take_over, trainable_layers, trainable_twin
 from quantrack.quantization.weight_scales import MinMaxWeightScales, min_max_scale
-from quantrack.schemes import MAX_PAIR_SUM
+from quantrack.schemes import MAX_PAIR_SUM, Variant
 
 MakeJob = Callable[[str], QuantizationJob]
 CHANNELS = 24
@@ -197,16 +197,16 @@ def test_what_training_has_let_outgrow_it_fits_again(make_job: MakeJob) -> None:
 @pytest.mark.parametrize("name", ["fast", "default", "best"])
 def test_full_placement_wants_weights_that_fit(name: str) -> None:
     recipe = parse_recipe(name)
-    full = recipe_for({"target": "onnxruntime", "placement": "full"}, recipe)
+    full = recipe_for(Variant(placement="full"), recipe)
     assert full.steps[-2:] == (FitPairSums(), BiasCorrection())
     assert all(step.fit_pairs for step in full.steps if isinstance(step, Gptq))
-    assert recipe_for({"target": "onnxruntime", "placement": "full"}, full) == full
-    assert FitPairSums() not in recipe_for({"target": "onnxruntime", "placement": "inputs"}, recipe).steps
+    assert recipe_for(Variant(placement="full"), full) == full
+    assert FitPairSums() not in recipe_for(Variant(), recipe).steps
     misplaced = Recipe(name, (*recipe.steps[:3], FitPairSums(), *recipe.steps[3:]))
-    assert recipe_for({"target": "onnxruntime", "placement": "full"}, misplaced) == full
+    assert recipe_for(Variant(placement="full"), misplaced) == full
 
 
 def test_without_a_bias_correction_fitting_comes_last() -> None:
     steps = (InsertQuantizers(), ObserveActivations(), MinMaxWeightScales(), MinMaxActivationRanges())
-    full = recipe_for({"target": "onnxruntime", "placement": "full"}, Recipe("own", steps))
+    full = recipe_for(Variant(placement="full"), Recipe("own", steps))
     assert full.steps == (*steps, FitPairSums())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from quantrack.comparison.fitting import fitting
 from quantrack.comparison.gates import MeasuredRun
 from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, SIZE
-from quantrack.schemes import Scheme, parse_mode, variant_words
+from quantrack.schemes import Scheme, Variant, parse_mode
 
 MAX_DESCRIPTION = 5000  # what MLflow keeps of a version's description
 ROWS = (
@@ -61,7 +61,7 @@ def family_description(run: MeasuredRun) -> str:
 
 
 def _what(run: MeasuredRun) -> str:
-    scheme, words = parse_mode(run.tags["mode"]), variant_words(run.tags)
+    scheme, words = parse_mode(run.tags["mode"]), Variant.of(run.tags).words
     trained = run.tags.get("entry_point") == "qat"
     clip = "" if {"int4", "tensorrt"} & set(words) else "-Clip"
     return (

@@ -75,7 +75,7 @@ def download_coco(settings: DownloadSettings) -> PreparedData:
     if settings.images == "all":
         return _fetch_archives(settings, received)
     wanted = wanted_pictures(settings, settings.data_root, partial(_listed_train_pictures, settings.data_root))
-    missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
+    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
     received += _fetch_pictures(settings, missing)
     return PreparedData(len(wanted), len(missing), len(wanted) - len(missing), received)
 
@@ -100,9 +100,9 @@ def build_from_source(settings: DownloadSettings, source: Path) -> PreparedData:
                   for path in pictures_in(source / folder)]  # fmt: skip
     else:
         wanted = wanted_pictures(settings, source, partial(_present_train_pictures, source))
-    missing = [name for name in wanted if _problem(settings.data_root / name) is not None]
+    missing = [name for name in wanted if picture_problem(settings.data_root / name) is not None]
     for name in missing:
-        problem = _problem(source / name)
+        problem = picture_problem(source / name)
         if problem is not None:
             raise QuantrackError(f"{source / name}: {problem}; complete the source folder")
         _copy(source / name, settings.data_root / name)
@@ -194,7 +194,9 @@ def _fetch_archives(settings: DownloadSettings, received: int) -> PreparedData:
 
 def _lacking(folder: Path, names: Sequence[str]) -> list[str]:
     """The pictures that are not there, or not whole."""
-    return [name for name in track(names, f"looking through {folder.name}") if _problem(folder / name) is not None]
+    return [
+        name for name in track(names, f"looking through {folder.name}") if picture_problem(folder / name) is not None
+    ]
 
 
 def _fetch_split(settings: DownloadSettings, split: str) -> int:
@@ -214,8 +216,8 @@ def _fetch_archive(settings: DownloadSettings, name: str, target: Path, progress
     return fetch(f"{settings.base_url}/{name}", target, settings.policy, _zip_problem, progress)
 
 
-def _problem(path: Path) -> str | None:
-    """Also refuse what `content_problem` lets pass: a login page sent in place of a picture."""
+def picture_problem(path: Path) -> str | None:
+    """Why a file is no whole picture, without decoding it; a login page that was sent in place of one is none."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -266,7 +268,7 @@ def _fetch_pictures(settings: DownloadSettings, names: Sequence[str]) -> int:
 
         def one(name: str) -> int:
             url, target = f"{settings.base_url}/{name}", settings.data_root / name
-            received = fetch(url, target, settings.policy, _problem, stop=stop)
+            received = fetch(url, target, settings.policy, picture_problem, stop=stop)
             bar.advance(task)
             return received
 

@@ -29,15 +29,6 @@ class Letterbox:
     height: int
 
 
-def picture_problem(path: Path) -> str | None:
-    """Why a file is no whole picture, without decoding it; None if it looks whole."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return content_problem(content)
-
-
 def content_problem(content: bytes) -> str | None:
     """Why the bytes of a picture file are no whole picture, without decoding them; None if they look whole."""
     if not content:
@@ -77,10 +68,13 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     Raises:
         QuantrackError: the file is missing, truncated or not a picture.
     """
-    problem = picture_problem(path)
-    if problem is not None:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise QuantrackError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
+    if problem := content_problem(content):
         raise QuantrackError(f"{path}: {problem}; fetch it again")
-    picture = decode_picture(path.read_bytes())
+    picture = decode_picture(content)
     if picture is None:
         raise QuantrackError(f"{path}: not a readable picture; fetch it again")
     return picture

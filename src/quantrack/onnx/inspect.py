@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantrack.errors import QuantrackError
 from quantrack.files import atomic_path, file_digest
-from quantrack.schemes import MAX_PAIR_SUM, VARIANTS, variant_words
+from quantrack.schemes import MAX_PAIR_SUM, VARIANTS, Variant
 
 QDQ_OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 COUNTED = (*QDQ_OPERATORS, "Clip", "Conv")
@@ -49,13 +49,9 @@ class ModelFacts:
     method: str = "ptq"
 
     @property
-    def variant(self) -> str:
-        """What sets the file apart from others of its mode and recipe; empty for the usual QCDQ file."""
-        return " ".join(variant_words(self.variant_values()))
-
-    def variant_values(self) -> dict[str, str]:
-        """The choices that make the variant, by the name of their setting."""
-        return {name: str(getattr(self, name)) for name in VARIANTS}
+    def variant(self) -> Variant:
+        """What sets the file apart from others of its mode and recipe."""
+        return Variant(*(getattr(self, name) for name in VARIANTS))
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

@@ -84,6 +84,7 @@ class BlockReconstruction:
             return {}
         require_scales(job.model, "block_reconstruction")
         draw = random.Random(job.seed)
+        twin = trainable_twin(job.model, job.float_model)
         before = after = 0.0
         with (
             BlockWalk(job.float_model, job.batches(), job.device, self.memory_gb) as reference,
@@ -91,7 +92,7 @@ class BlockReconstruction:
         ):
             for block in track(walk.blocks, "block reconstruction"):
                 if layers_of_block(job.model, block):
-                    errors = self.train_block(_Comparison(job, reference, walk, block), draw)
+                    errors = self.train_block(_Comparison(job, twin, reference, walk, block), draw)
                     before, after = before + errors[0], after + errors[1]
                 reference.advance(block)
                 walk.advance(block)
@@ -140,9 +141,10 @@ def decision_exponent(progress: float) -> float | None:
 class _Comparison:
     """One block in training against the float network's."""
 
-    def __init__(self, job: QuantizationJob, reference: BlockWalk, walk: BlockWalk, block: Block) -> None:
-        self.job, self.reference, self.walk, self.block = job, reference, walk, block
-        self.twin = trainable_twin(job.model, job.float_model)
+    def __init__(
+        self, job: QuantizationJob, twin: nn.Module, reference: BlockWalk, walk: BlockWalk, block: Block
+    ) -> None:
+        self.job, self.twin, self.reference, self.walk, self.block = job, twin, reference, walk, block
         self.layers = {name: layer for name, layer in trainable_layers(self.twin).items() if block.holds(name)}
         self.is_head = block == walk.blocks[-1] and bool(head_levels(job.model))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from quantrack.quantization.fit_pair_sums import FitPairSums
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.layers import layer_plans, quantized_layers
 from quantrack.quantization.trainable import Rates, parameter_groups, take_over, trainable_layers, trainable_twin
-from quantrack.schemes import one_scale_for
+from quantrack.schemes import Variant
 
 FEATURE_WEIGHT = 1.0
 BIAS_SHARE = 0.1  # of `lr0`; biases are absolute
@@ -76,7 +75,7 @@ class FloatTeacher:
         return self.weight * divergence(outputs, taught).total(FEATURE_WEIGHT)
 
 
-def require_suits_variant(model: nn.Module, variant: Mapping[str, str]) -> None:
+def require_suits_variant(model: nn.Module, variant: Variant) -> None:
     """Refuse a start whose activations a variant's runtime cannot take, before it is trained.
 
     Integer kernels want asymmetric ones, TensorRT symmetric ones, both one scale for a whole tensor.
@@ -84,17 +83,16 @@ def require_suits_variant(model: nn.Module, variant: Mapping[str, str]) -> None:
     Raises:
         UsageError: a convolution has others.
     """
-    if wanted_for := one_scale_for(variant):
-        require_scales_of_tensors(model, wanted_for)
-    wanting = {"placement=full": "asymmetric", "target=tensorrt": "symmetric"}
-    for name, value in variant.items():
-        wanted = wanting.get(f"{name}={value}")
-        for layer, plan in layer_plans(model).items():
-            if wanted and plan.activation not in (None, wanted):
-                raise UsageError(
-                    f"{name}={value}: {layer} has {plan.activation} activations, not {wanted}; start from a run with "
-                    f"the same {name}={value}"
-                )
+    choice, wanted = variant.one_scale_for, variant.activation
+    if not choice:
+        return
+    require_scales_of_tensors(model, choice)
+    for layer, plan in layer_plans(model).items():
+        if plan.activation not in (None, wanted):
+            raise UsageError(
+                f"{choice}: {layer} has {plan.activation} activations, not {wanted}; start from a run with the same "
+                f"{choice}"
+            )
 
 
 def leave_dfl_float(job: QuantizationJob) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
@@ -27,7 +26,7 @@ from quantrack.quantization.observe_activations import ObserveActivations
 from quantrack.quantization.plan_bits import PlanBits
 from quantrack.quantization.steps import STEPS, require_correction, require_order, step_name
 from quantrack.quantization.weight_scales import MinMaxWeightScales, MseWeightScales
-from quantrack.schemes import one_scale_for
+from quantrack.schemes import Variant
 
 CALIBRATED: tuple[Step, ...] = (
     InsertQuantizers(),
@@ -137,20 +136,20 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(path.name if path.stem in RECIPES else path.stem, steps)  # default.yaml is not ours
 
 
-def recipe_for(variant: Mapping[str, str], recipe: Recipe) -> Recipe:
-    """The recipe as the runtime of a variant (`schemes.VARIANTS`) can use it.
+def recipe_for(variant: Variant, recipe: Recipe) -> Recipe:
+    """The recipe as the runtime of a variant can use it.
 
     TensorRT takes only activations with zero point 0. Channels are not equalized for kernels that want one scale
     for all channels of an activation; with full placement more ranges are searched then. Integer kernels add weights
     exactly that fit in pairs.
     """
     steps = recipe.steps
-    if variant["target"] == "tensorrt":
+    if variant.target == "tensorrt":
         steps = tuple(replace(s, activation="symmetric") if isinstance(s, InsertQuantizers) else s for s in steps)
     equalized = any(isinstance(step, ChannelEqualization) for step in steps)
-    if one_scale_for(variant):
+    if variant.one_scale_for:
         steps = tuple(step for step in steps if not isinstance(step, ChannelEqualization))
-    if variant["placement"] == "full":
+    if variant.placement == "full":
         steps = _with_fitting_pairs(_with_more_ranges_searched(steps) if equalized else steps)
     return recipe if steps == recipe.steps else Recipe(recipe.name, steps)
 

@@ -28,7 +28,7 @@ from quantrack.comparison.runs import (
 from quantrack.comparison.table import summary_markdown, table_columns
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.samples import split_panels
-from quantrack.schemes import SCHEMES, variant_words
+from quantrack.schemes import SCHEMES, Variant
 from quantrack.tracking.environment import git_commit, installed_versions
 from quantrack.tracking.log import log_description, log_table
 from quantrack.tracking.read import evaluation_name, has_artifact, read_json, require_run
@@ -79,7 +79,7 @@ def _compared(run: Run) -> ComparedRun:
 
 def _variant(tags: Mapping[str, str]) -> str:
     """What sets a quantized run's file apart from the usual one; runs older than these tags have that."""
-    return " ".join(variant_words(tags)) if tags["mode"] in SCHEMES else ""
+    return " ".join(Variant.of(tags).words) if tags["mode"] in SCHEMES else ""
 
 
 def _classes(run_id: str) -> tuple[ClassScore, ...]:

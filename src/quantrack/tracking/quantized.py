@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlflow
@@ -13,7 +13,6 @@ from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.load import Detector
 from quantrack.evaluation.measure import Proof, prove
 from quantrack.onnx.exported_files import export_quantized_files
-from quantrack.onnx.inspect import ModelFacts
 from quantrack.quantization.job import QuantizationJob, StepReport
 from quantrack.quantization.state import save_quantized
 from quantrack.runtime.session import open_session
@@ -43,7 +42,8 @@ def prove_and_log(
     if settings.method == PtqSettings.method:  # of a training they say nothing
         quantized |= step_totals(reports)
     plain = detector_facts(detector, evaluation_set, settings.imgsz, job.scheme.name, recipe)
-    facts = replace(_of_variant(plain, settings), weight_bits_avg=quantized["weight_bits_avg"], method=settings.method)
+    bits = quantized["weight_bits_avg"]
+    facts = replace(plain, weight_bits_avg=bits, method=settings.method, **asdict(settings.variant))
     with tempfile.TemporaryDirectory() as folder:
         _log_state(job, Path(folder))
         exported = export_quantized_files(job.model, facts, Path(folder))
@@ -57,16 +57,6 @@ def prove_and_log(
         log_result(files, facts, proof, evaluation_set, quantized | baseline.drop(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
     return proof
-
-
-def _of_variant(facts: ModelFacts, settings: PtqSettings) -> ModelFacts:
-    return replace(
-        facts,
-        placement=settings.placement,
-        weight_storage=settings.weight_storage,
-        precision=settings.precision,
-        target=settings.target,
-    )
 
 
 def _log_state(job: QuantizationJob, folder: Path) -> None:

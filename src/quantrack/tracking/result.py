@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import mlflow
@@ -139,12 +140,12 @@ def log_identity(facts: ModelFacts, evaluation_set: EvaluationSet, provider: str
     own = {"mode": facts.mode, "recipe": facts.recipe, "model_name": facts.model, SOFTWARE: software_digest()}
     mlflow.set_tags(key.tags() | own)
     if facts.mode in SCHEMES:
-        mlflow.set_tags(facts.variant_values())
+        mlflow.set_tags(asdict(facts.variant))
 
 
 def title(facts: ModelFacts) -> str:
     """Model, mode, variant and recipe, for people."""
-    return " ".join(word for word in (facts.model, facts.mode, facts.variant, facts.recipe) if word)
+    return " ".join(word for word in (facts.model, facts.mode, *facts.variant.words, facts.recipe) if word)
 
 
 def measured_on(facts: ModelFacts, evaluation_set: EvaluationSet, proof: Proof) -> dict[str, str]:

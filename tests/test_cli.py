@@ -1,12 +1,14 @@
 """`quantrack predict` before any model is opened; tests/pipelines/test_serving.py has it at work."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from command import ROOT
 from typer.testing import CliRunner
 
-from quantrack.cli import app, output_paths
+from quantrack.cli import _tell, app, output_paths
 from quantrack.errors import UsageError
 
 
@@ -30,6 +32,16 @@ def test_no_picture_is_drawn_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [path.name for path in output_paths(images, out)] == ["street-2.png", "street-3.png"]
     with pytest.raises(UsageError, match=r"detections.json: would be overwritten"):
         output_paths([Path("detections.json")], Path("link"))
+
+
+def test_whoever_stops_reading_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `quantrack predict ... | head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        _tell("one")
+        _tell("two")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def predict_all(
             say(f"error: {error}")
             continue
         _save(target, draw_detections(picture[:, :, ::-1], found, detector.names))
-        print(f"{image}: {_summary([detector.names[one.category_id] for one in found])} -> {target}")
+        _tell(f"{image}: {_summary([detector.names[one.category_id] for one in found])} -> {target}")
         done.append({"image": str(image), "drawn": target.name, "detections": detector.records(found)})
     return done
 
@@ -102,6 +103,14 @@ def output_paths(images: Sequence[Path], out: Path) -> list[Path]:
         taken.add(target.resolve())
         targets.append(target)
     return targets
+
+
+def _tell(line: str) -> None:
+    """One line on standard output; where nobody reads on (`| head`), nothing more."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _save(target: Path, drawn: NDArray[np.uint8]) -> None:

@@ -80,6 +80,13 @@ def test_every_quantized_convolution_becomes_an_integer_kernel(small, full, tmp_
     assert after["Resize"] == 0
 
 
+def test_every_node_has_a_name_of_its_own(full):
+    """Runtimes' errors and profiles go by them."""
+    names = [node.name for node in onnx.load(full).graph.node]
+    assert all(names)
+    assert len(set(names)) == len(names)
+
+
 def test_large_silus_are_integer_kernels(small, observed, tmp_path, monkeypatch):
     target = tmp_path / "full.onnx"
     sizes = sorted(prod(shape) for shape in shapes_of_silus(small.files("w8a8", placement="full").optimized))

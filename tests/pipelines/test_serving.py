@@ -124,6 +124,7 @@ def test_the_server_answers_as_the_evaluation_did(champion: Run, server: Server)
     for body in (
         {"inputs": texts},
         {"instances": texts},
+        {"inputs": [{"image": text} for text in texts]},
         {"dataframe_records": [{"image": text} for text in texts]},
         {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}},
     ):
@@ -144,6 +145,7 @@ def test_the_server_refuses_and_lives_on(server: Server, tmp_path: Path) -> None
     assert "item 2 of 2" in server.refusal(dataframe_records=[{"image": good}, {"image": good[:-3] + "!"}])
     assert "empty" in server.refusal(inputs=[""])
     assert "no picture in the batch" in server.refusal(inputs=[])
+    assert "texts in 1 rows of 2" in server.refusal(inputs=[[good, good]])
     assert 'lack "image"' in server.refusal(dataframe_records=[{"picture": good}])
     assert "send the picture file's bytes as base64" in server.refusal(inputs=[[[[0, 0, 0]]]])
     assert "confidence=7.0: must be between 0 and 1" in server.refusal(inputs=[good], params={"confidence": 7})

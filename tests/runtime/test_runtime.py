@@ -120,6 +120,16 @@ def test_not_a_model(tmp_path: Path) -> None:
         open_session(tmp_path / "bad.onnx", "cpu")
 
 
+def test_a_model_whose_weights_lie_in_another_file_that_is_gone(session: Session, tmp_path: Path) -> None:
+    onnx.save(
+        onnx.load(session.path), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin",
+        size_threshold=0,
+    )  # fmt: skip
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(QuantrackError, match=r"model.onnx: not a readable ONNX file \(.*weights.bin"):
+        open_session(tmp_path / "model.onnx", "cpu")
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

@@ -122,7 +122,8 @@ def test_every_form_of_a_batch(logged: Logged, model: mlflow.pyfunc.PyFuncModel)
         pictures, texts, arrays, [path.read_bytes() for path in pictures], [pictures[0], arrays[1]], np.array(texts),
         np.array(texts, dtype=object), {"image": texts}, {"image": np.array(texts)}, pd.DataFrame({"image": texts}),
         [{"image": text} for text in texts], pd.DataFrame({"image": texts, "note": ["", ""]}, index=[5, 7]),
-        pd.Series(texts),
+        pd.Series(texts), np.array([[text] for text in texts]), [{"image": np.array(text)} for text in texts],
+        np.array([*arrays, None], dtype=object)[:2],
     ]  # fmt: skip
     for batch in batches:
         assert plain(model.predict(batch, params=EVERYTHING)) == [one, two], type(batch)
@@ -140,6 +141,8 @@ def test_every_form_of_a_batch(logged: Logged, model: mlflow.pyfunc.PyFuncModel)
         (pd.DataFrame({"picture": ["x"]}), 'lack "image"; send'),
         ([{"picture": "x"}], 'lack "image"; send'),
         (pd.DataFrame({"image": [None]}), "item 1 of 1: "),
+        (pd.DataFrame([["x", "y"]], columns=["image", "image"]), 'more than one column "image"; send'),
+        (np.array([["x", "y"]]), "texts in 1 rows of 2, not one by one; send"),
         ([], "no picture in the batch"),
         (np.array([]), "no picture in the batch"),
     ],

@@ -119,5 +119,7 @@ def read_graph(path: Path) -> Graph:
 def write_graph(graph: Graph, path: Path) -> None:
     """Write the model whole or not at all; shapes of tensors that changed are left to be inferred."""
     del graph.model.graph.value_info[:]
+    for node in graph.model.graph.node:
+        node.name = node.name or f"{node.output[0]}/{node.op_type}"  # runtimes' errors and profiles go by names
     with atomic_path(path) as temporary:
         onnx.save(graph.model, str(temporary))

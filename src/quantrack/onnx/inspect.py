@@ -65,7 +65,8 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(str(path))
     except Exception as error:  # protobuf's own exception types differ between its backends
-        raise QuantrackError(f"onnx={path}: not a readable ONNX file ({type(error).__name__})") from error
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]  # may name a missing data file
+        raise QuantrackError(f"onnx={path}: not a readable ONNX file ({first_line})") from error
 
 
 def check_onnx(path: Path) -> None:

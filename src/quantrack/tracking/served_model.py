@@ -106,7 +106,7 @@ def _items(model_input: object) -> list[object]:
     if isinstance(model_input, np.ndarray):
         items = _array_items(model_input)
     elif isinstance(model_input, list | tuple | pd.Series):
-        items = [_column(item) if isinstance(item, Mapping) else item for item in model_input]
+        items = [one for item in model_input for one in (_items(item) if isinstance(item, Mapping) else [item])]
     else:
         items = [model_input]
     if not items:
@@ -118,10 +118,15 @@ def _array_items(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> li
     """MLflow parses JSON lists of texts to arrays of texts; numbers are one picture, or several in four dimensions."""
     if array.dtype.kind not in "OSU":
         return list(array) if array.ndim == 4 else [array] if array.size else []
-    return [item.item() if isinstance(item, np.ndarray) else item for item in np.atleast_1d(array)]
+    rows = np.atleast_1d(array)
+    if rows.size != len(rows):
+        raise QuantrackError(f"texts in {len(rows)} rows of {rows.size // len(rows)}, not one by one; {HOW_TO_SEND}")
+    return list(rows.reshape(-1))
 
 
 def _column(table: Mapping[str, object] | pd.DataFrame) -> object:
     if COLUMN not in table:
         raise QuantrackError(f'columns {[str(name) for name in table]} lack "{COLUMN}"; {HOW_TO_SEND}')
+    if isinstance(table, pd.DataFrame) and list(table.columns).count(COLUMN) > 1:
+        raise QuantrackError(f'more than one column "{COLUMN}"; {HOW_TO_SEND}')
     return table[COLUMN]

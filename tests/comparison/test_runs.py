@@ -157,6 +157,8 @@ def assert_labels_lie_apart(runs: tuple[ComparedRun, ...], cost: str) -> None:
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == len(runs)
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    points = [axes.transData.transform((one.metrics[cost], one.metrics["mAP50-95"])) for one in group.runs]
+    assert not any(box.contains(*point) for box in boxes for point in points)
     inside = axes.get_window_extent()
     assert all(inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes)
 

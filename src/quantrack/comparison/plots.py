@@ -18,7 +18,7 @@ from quantrack.evaluation.plots import as_it_is, new_figure
 
 ROW_INCHES = 0.2
 MOST_CLASSES = 40
-LABEL_HEIGHT, LABEL_WIDTH = 0.05, 0.3  # of the axes
+LABEL_HEIGHT, LABEL_WIDTH, LABEL_GAP = 0.05, 0.3, 0.02  # of the axes; the gap is to its point
 COLOUR_LIMIT = 15.0  # points; a larger change is as dark
 
 
@@ -86,22 +86,28 @@ def _accuracy_interval(run: ComparedRun) -> tuple[float, float]:
 
 
 def _place_labels(axes: Axes, runs: Sequence[ComparedRun], cost: str, theme: Theme) -> None:
-    """Each label beside its point, moved down or up where it would lie on one that is placed, within the axes."""
+    """Each label beside its point, moved down or up where it would lie on one that is placed or on another point."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     wide, high = right - left, top - bottom
     half = LABEL_HEIGHT / 2 * high
     placed: list[tuple[float, float]] = []
     for run in sorted(runs, key=lambda run: -run.metrics[ACCURACY]):
         x, y = run.metrics[cost], run.metrics[ACCURACY]
+        beyond = x > (left + right) / 2
+        side = -1 if beyond else 1
         near = [spot for at, spot in placed if abs(x - at) < LABEL_WIDTH * wide]
+        near += [
+            one.metrics[ACCURACY]
+            for one in runs
+            if LABEL_GAP * wide / 2 < side * (one.metrics[cost] - x) < LABEL_WIDTH * wide
+        ]
         steps = (sign * step * half for step in range(ceil(2 / LABEL_HEIGHT)) for sign in (-1, 1))
         within = (y + step for step in steps if bottom + half <= y + step <= top - half)
         free = (spot for spot in within if all(abs(spot - other) >= LABEL_HEIGHT * high for other in near))
         spot = next(free, y)
         placed.append((x, spot))
-        beyond = x > (left + right) / 2
         axes.annotate(
-            as_it_is(run.label), (x, y), (x + (-0.02 if beyond else 0.02) * wide, spot), fontsize=8, va="center",
+            as_it_is(run.label), (x, y), (x + side * LABEL_GAP * wide, spot), fontsize=8, va="center",
             ha="right" if beyond else "left", color=theme.ink,
         )  # fmt: skip
 

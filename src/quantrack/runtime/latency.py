@@ -76,12 +76,12 @@ def measure_in_turns(sessions: Sequence[Session], runs: int) -> tuple[tuple[Late
     """
     if runs < 1:
         raise UsageError(f"latency_runs={runs}: must be at least 1")
-    timed = [_one_run(session) for session in sessions]
-    for run in timed:
-        _warm_up(run, runs)
-    blocks: list[list[Milliseconds]] = [[] for _ in sessions]
     block = max(1, min(BLOCK, runs // LEAST_BLOCKS))
     sizes = [min(block, runs - done) for done in range(0, runs, block)]
+    timed = [_one_run(session) for session in sessions]
+    for run in timed:
+        _warm_up(run, block, len(sizes))
+    blocks: list[list[Milliseconds]] = [[] for _ in sessions]
     for size in track(sizes, "measuring latency"):
         for place, run in enumerate(timed):
             settling = SETTLING if len(sessions) > 1 else 0
@@ -107,11 +107,11 @@ def _median_interval(values: Milliseconds) -> tuple[float, float | None, float |
     return float(np.median(values)), float(low), float(high)
 
 
-def _warm_up(run: Callable[[], object], runs: int) -> None:
+def _warm_up(run: Callable[[], object], block: int, blocks: int) -> None:
     """Run until two blocks in a row take the same time: two to ten blocks, no more than there are to time."""
     before = np.inf
-    for _ in range(max(2, min(WARM_UP_BLOCKS, -(-runs // BLOCK)))):
-        now = float(np.median(_time(run, BLOCK)))
+    for _ in range(max(2, min(WARM_UP_BLOCKS, blocks))):
+        now = float(np.median(_time(run, block)))
         if abs(now - before) <= STABLE * now:
             return
         before = now

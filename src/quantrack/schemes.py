@@ -110,6 +110,4 @@ class Variant:
         >>> Variant(target="tensorrt").activation
         'symmetric'
         """
-        if self.placement == "full":
-            return "asymmetric"
-        return "symmetric" if self.target == "tensorrt" else ""
+        return {"placement=full": "asymmetric", "target=tensorrt": "symmetric"}.get(self.one_scale_for, "")

@@ -2,9 +2,10 @@
 
     python benchmarks/six_views.py FLOAT32.onnx DATA_ROOT --name yolov10n-w8a8 W8A8.onnx W8A8-full.onnx
 
-Each annotated train picture that is not a calibration picture is shown plain and mirrored, at its full size and
-shrunken to 0.8 and 0.6 of it within the same input; no evaluation picture is looked at. For each file, means over the
-six views: the drop in points of mAP50-95 against the float32 file; the agreement with it, which is mAP50-95 with the
+Each picture is shown plain and mirrored, at its full size and shrunken to 0.8 and 0.6 of it within the same input. The
+pictures are the annotated train pictures that are not calibration pictures, and no evaluation picture is looked at; or,
+with `--pictures evaluation`, the first 100 of val2017, by which nothing is chosen. For each file, means over the six
+views: the drop in points of mAP50-95 against the float32 file; the agreement with it, which is mAP50-95 with the
 float32 file's detections of a score of 0.25 or more as truth, all classes pooled; and how far the logits of these
 objects scatter from float32's, and how many of them are found. Writes `benchmarks/results/views-NAME.json` and `.md`.
 """
@@ -15,9 +16,11 @@ import json
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -37,14 +40,22 @@ from quantrack.files import file_digest
 from quantrack.onnx.inspect import ModelFacts, file_facts
 from quantrack.progress import track
 from quantrack.runtime.session import Session, open_session
-from quantrack.tracking.environment import cpu_name, installed_versions
+from quantrack.tracking.environment import cpu_name, git_commit, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
+EVALUATION_PICTURES = 100
 SURE = 0.25
 SAME_OBJECT = 0.6  # intersection over union
 APART = 100_000.0  # between classes, so that pooled boxes of two classes never overlap
 POOLED = Category(1, "any")
 COLUMNS = (("drops", "{:.2f}"), ("agreements", "{:.4f}"), ("scatters", "{:.3f}"), ("found", "{:.3f}"))
+
+
+class Pictures(StrEnum):
+    """What choices are made on, or what they are not made on."""
+
+    DEVELOPMENT = "development"
+    EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -82,18 +93,32 @@ VIEWS = tuple(View(mirrored, size) for size in (1.0, 0.8, 0.6) for mirrored in (
 
 def main(
     reference: Annotated[Path, typer.Argument(help="The float32 ONNX file.")],
-    data_root: Annotated[Path, typer.Argument(help="Data root with annotated train2017 pictures.")],
+    data_root: Annotated[Path, typer.Argument(help="Data root with these annotated pictures.")],
     files: Annotated[list[Path], typer.Argument(help="ONNX files to measure.")],
     name: Annotated[str, typer.Option(help="Name of the result files.")],
+    pictures: Annotated[
+        Pictures, typer.Option(help="Train pictures not calibrated on, or val pictures.")
+    ] = Pictures.DEVELOPMENT,
 ) -> None:
     """Measure all files in all views and write the table."""
     try:
-        print(measure(reference, data_root, files, name))
+        with loaded(pictures, data_root.resolve()) as shown:
+            print(measure(reference, files, shown, name))
     except QuantrackError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def measure(reference: Path, data_root: Path, files: Sequence[Path], name: str) -> str:
+@contextmanager
+def loaded(pictures: Pictures, data_root: Path) -> Iterator[EvaluationSet]:
+    """The pictures, as long as the context lasts."""
+    if pictures is Pictures.EVALUATION:
+        yield load_evaluation_set(data_root, EVALUATION_PICTURES)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield load_evaluation_set(development_root(data_root, Path(folder)), 0)
+
+
+def measure(reference: Path, files: Sequence[Path], pictures: EvaluationSet, name: str) -> str:
     """The table, written anew after each file.
 
     Raises:
@@ -105,25 +130,23 @@ def measure(reference: Path, data_root: Path, files: Sequence[Path], name: str) 
             raise QuantrackError(
                 f"{path}: head {one.head}, {one.imgsz} px; {reference} has {facts[0].head}, {facts[0].imgsz}"
             )
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = load_evaluation_set(development_root(data_root.resolve(), Path(folder)), 0)
-        expected = detections_in_views(reference, pictures)
-        scores = [100 * score(view.of_set(pictures), found) for view, found in zip(VIEWS, expected, strict=True)]
-        rows: list[dict[str, object]] = []
-        for path, own_facts in zip(files, facts[1:], strict=True):
-            found = detections_in_views(path, pictures)
-            own = [100 * score(view.of_set(pictures), each) for view, each in zip(VIEWS, found, strict=True)]
-            drops = [before - after for before, after in zip(scores, own, strict=True)]
-            agreements = [agreement(pictures, *pair) for pair in zip(expected, found, strict=True)]
-            shifts = [logit_shifts(*pair) for pair in zip(expected, found, strict=True)]
-            rows.append(
-                {
-                    "name": path.stem, "sha256": file_digest(path), "facts": asdict(replace(own_facts, class_names=())),
-                    "drops": drops, "agreements": agreements, "scatters": [each.scatter for each in shifts],
-                    "found": [each.found for each in shifts],
-                }
-            )  # fmt: skip
-            text = write(name, rows, pictures)
+    expected = detections_in_views(reference, pictures)
+    scores = [100 * score(view.of_set(pictures), found) for view, found in zip(VIEWS, expected, strict=True)]
+    rows: list[dict[str, object]] = []
+    for path, own_facts in zip(files, facts[1:], strict=True):
+        found = detections_in_views(path, pictures)
+        own = [100 * score(view.of_set(pictures), each) for view, each in zip(VIEWS, found, strict=True)]
+        drops = [before - after for before, after in zip(scores, own, strict=True)]
+        agreements = [agreement(pictures, *pair) for pair in zip(expected, found, strict=True)]
+        shifts = [logit_shifts(*pair) for pair in zip(expected, found, strict=True)]
+        rows.append(
+            {
+                "name": path.stem, "sha256": file_digest(path), "facts": asdict(replace(own_facts, class_names=())),
+                "drops": drops, "agreements": agreements, "scatters": [each.scatter for each in shifts],
+                "found": [each.found for each in shifts],
+            }
+        )  # fmt: skip
+        text = write(name, rows, pictures)
     return text
 
 
@@ -219,17 +242,18 @@ def pooled(detection: Detection) -> Detection:
 def write(name: str, rows: Sequence[dict[str, object]], pictures: EvaluationSet) -> str:
     """Write the record and the table; returns the table."""
     date = datetime.now(UTC).date().isoformat()
+    taken_from = pictures.pictures[0].path.resolve().parent.name
     context = {
         "date": date, "cpu": cpu_name(), "versions": installed_versions(), "pictures": len(pictures.pictures),
-        "pictures_digest": pictures.digest, "views": [str(view) for view in VIEWS],
-    }  # fmt: skip
+        "taken_from": taken_from, "pictures_digest": pictures.digest, "views": [str(view) for view in VIEWS],
+    } | git_commit()  # fmt: skip
     base = ROOT / f"benchmarks/results/views-{name}"
     base.with_suffix(".json").write_text(json.dumps(context | {"files": list(rows)}, indent=2) + "\n")
     lines = ["| file | drop, points | agreement | scatter of logits | objects found |", "| --- |" + 4 * " ---: |"]
     for row in rows:
         cells = [form.format(_mean(row[key])) for key, form in COLUMNS]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    lines += ["", f"{date}, {context['cpu']}, {len(pictures.pictures)} pictures."]
+    lines += ["", f"{date}, {context['cpu']}, {len(pictures.pictures)} pictures of {taken_from}."]
     text = "\n".join(lines) + "\n"
     base.with_suffix(".md").write_text(text)
     return text

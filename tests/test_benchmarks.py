@@ -1,5 +1,6 @@
 """The ruler that recipes are compared by."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -49,3 +50,20 @@ def test_what_agrees_with_itself(six_views: ModuleType) -> None:
     assert six_views.logit_shifts(found, []) == six_views.LogitShifts(None, 0.0)
     lower = [replace(found[0], score=0.5), found[2]]
     assert six_views.logit_shifts(found, lower).scatter == pytest.approx(six_views.logit(0.9) / 2)
+
+
+@pytest.mark.parametrize(("pictures", "folder", "ids"), [("evaluation", "val2017", 4), ("development", "train2017", 3)])
+def test_choices_are_made_on_other_pictures(
+    six_views: ModuleType, coco_root: Path, monkeypatch: pytest.MonkeyPatch, pictures: str, folder: str, ids: int
+) -> None:
+    annotations = coco_root / "annotations"
+    val = json.loads((annotations / "instances_val2017.json").read_text())
+    (annotations / "instances_train2017.json").write_text(json.dumps(val))
+    calibrated = coco_root / "list.txt"
+    calibrated.write_text(f"./train2017/{val['images'][0]['file_name']}\n")
+    monkeypatch.setattr("ablation.CALIBRATION", calibrated)
+    monkeypatch.setattr(six_views, "EVALUATION_PICTURES", 4)
+    with six_views.loaded(six_views.Pictures(pictures), coco_root) as shown:
+        assert {picture.path.resolve().parent.name for picture in shown.pictures} == {folder}
+        assert len(shown.pictures) == ids
+        assert (val["images"][0]["id"] in {picture.id for picture in shown.pictures}) == (pictures == "evaluation")

@@ -1,9 +1,9 @@
 """SiLU in one float operator where that is faster than on integers.
 
 On integers SiLU is a sigmoid by table and a product, one value at a time. ONNX Runtime's `QuickGelu`,
-x * sigmoid(alpha * x), computes in float, a vector at a time: faster on some processors, and no slower on others, even
-with DequantizeLinear before and QuantizeLinear after it, as long as the tensor is small (docs/runtime.md has the
-measurements). ONNX Runtime makes it of Sigmoid and Mul by itself, but not where what they read is
+x * sigmoid(alpha * x), computes in float, a vector at a time: mostly faster even with DequantizeLinear
+before and QuantizeLinear after it, as long as its float values stay in a core's cache (docs/runtime.md has
+the measurements). ONNX Runtime makes it of Sigmoid and Mul by itself, but not where what they read is
 dequantized, as each of the two then gets a DequantizeLinear of its own.
 """
 
@@ -17,7 +17,7 @@ from onnx import helper
 from quantrack.onnx.graph import Graph
 
 SILU, DOMAIN, DOMAIN_VERSION = "QuickGelu", "com.microsoft", 1
-MOST_VALUES = 1 << 17  # half a MiB of float32
+MOST_VALUES = 1 << 18  # 1 MiB of float32, the cache of one core
 
 
 def silu_in_float(graph: Graph) -> None:

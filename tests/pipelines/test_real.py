@@ -90,7 +90,7 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
     run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *FOR_SMALL_AND_FAST, *options)
     metrics = run.data.metrics
     assert 4.45 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.43
+    assert metrics["mAP50-95"] >= 0.435
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
     assert_integer_kernels(run)
     assert times_float32(run, "onnx_mb") < 0.25

@@ -4,8 +4,8 @@
 
 Each picture is shown plain and mirrored, at its full size and shrunken to 0.8 and 0.6 of it within the same input. The
 pictures are the annotated train pictures that are not calibration pictures, and no evaluation picture is looked at; or,
-with `--pictures evaluation`, the first 100 of val2017, by which nothing is to be chosen. For each file, means over the six
-views: the drop in points of mAP50-95 against the float32 file; the agreement with it, which is mAP50-95 with the
+with `--pictures evaluation`, the first 100 of val2017, by which nothing is to be chosen. For each file, means over the
+six views: the drop in points of mAP50-95 against the float32 file; the agreement with it, which is mAP50-95 with the
 float32 file's detections of a score of 0.25 or more as truth, all classes pooled; and how far the logits of these
 objects scatter from float32's, and how many of them are found. Writes `benchmarks/results/views-NAME.json` and `.md`.
 """

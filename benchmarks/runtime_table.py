@@ -57,6 +57,7 @@ CUDA_CASES: tuple[Case, ...] = (
 COLUMNS = (
     ("mAP50-95", "mAP50-95", "{:.4f}"),
     ("drop, points", "mAP50-95_drop", "{:.2f}"),
+    ("agreement", "float32_agreement", "{:.3f}"),
     ("latency p50, ms", "latency_ms_p50", "{:.2f}"),
     ("x float32", "latency_ratio", "{:.3f}"),
     ("from", "latency_ratio_ci_low", "{:.3f}"),

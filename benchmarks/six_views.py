@@ -30,9 +30,10 @@ from ablation import development_root
 from numpy.typing import NDArray
 from pycocotools import mask
 
-from quantrack.datasets.coco import Category, EvaluationSet, Picture, TrueBox, load_evaluation_set
+from quantrack.datasets.coco import EvaluationSet, Picture, TrueBox, load_evaluation_set
 from quantrack.datasets.pictures import PAD_VALUE, letterbox, read_picture
 from quantrack.errors import QuantrackError
+from quantrack.evaluation.agreement import SURE, agreement
 from quantrack.evaluation.coco_metrics import evaluate_coco
 from quantrack.evaluation.decode import decode
 from quantrack.evaluation.types import Detection
@@ -44,10 +45,7 @@ from quantrack.tracking.environment import cpu_name, git_commit, installed_versi
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION_PICTURES = 100
-SURE = 0.25
 SAME_OBJECT = 0.6  # intersection over union
-APART = 100_000.0  # between classes, so that pooled boxes of two classes never overlap
-POOLED = Category(1, "any")
 COLUMNS = (("drops", "{:.2f}"), ("agreements", "{:.4f}"), ("scatters", "{:.3f}"), ("found", "{:.3f}"))
 
 
@@ -173,16 +171,6 @@ def score(pictures: EvaluationSet, detections: Sequence[Detection]) -> float:
     return evaluate_coco(pictures, detections).metrics["mAP50-95"]
 
 
-def agreement(pictures: EvaluationSet, expected: Sequence[Detection], found: Sequence[Detection]) -> float:
-    """mAP50-95 of detections with another network's sure ones as truth; 1 if they are the same."""
-    truth = tuple(
-        TrueBox(one.image_id, POOLED.id, pooled(one).xywh, crowd=False, area=one.xywh[2] * one.xywh[3])
-        for one in expected
-        if one.score >= SURE
-    )
-    return score(replace(pictures, boxes=truth, categories=(POOLED,)), [pooled(one) for one in found])
-
-
 @dataclass(frozen=True)
 class LogitShifts:
     """Of another network's sure objects: the standard deviation of what was added to their logits, and the share found.
@@ -231,12 +219,6 @@ def logit(score: float) -> float:
     """The inverse of the sigmoid."""
     bounded = min(max(score, 1e-6), 1 - 1e-6)
     return math.log(bounded / (1 - bounded))
-
-
-def pooled(detection: Detection) -> Detection:
-    """A detection of the one class that all are pooled in, out of the way of those of other classes."""
-    x, y, width, height = detection.xywh
-    return replace(detection, category_id=POOLED.id, xywh=(x + APART * detection.category_id, y, width, height))
 
 
 def write(name: str, rows: Sequence[dict[str, object]], pictures: EvaluationSet) -> str:

@@ -42,8 +42,8 @@ def evaluate(settings: OnnxSettings) -> None:
         beside = baseline.open(settings.provider, Path(folder) / "float32") if baseline else None
         # Without the PyTorch model there is no parity to measure; it stays absent.
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None, beside)
-        drop = baseline.drop(proof, evaluation_set) if baseline else {}
-        log_evaluation(path, facts, proof, evaluation_set, drop)
+        further = baseline.beside(proof, evaluation_set) if baseline else {}
+        log_evaluation(path, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, baseline.detections if baseline else None, proof.detections)
     if settings.require_gpu:
         proof.speed.placement.require_gpu()

@@ -110,7 +110,7 @@ def test_a_trade_off_is_best_if_nothing_is_as_accurate_and_cheaper() -> None:
 
 
 def test_what_was_not_measured_is_a_dash_and_none() -> None:
-    assert cells(FLOAT)[:5] == ("0.4670", "-", "-", "-", "30.0")
+    assert cells(FLOAT)[:6] == ("0.4670", "-", "-", "-", "-", "30.0")
     assert table_columns(comparable_groups(RUNS))["drop, points"] == [None, None, 1.9, None]
 
 

@@ -107,7 +107,8 @@ def test_float_files_agree_with_pytorch(precision: str, tolerance: float, tmp_pa
     with torch.no_grad():
         expected = detector.model(torch.from_numpy(image)).numpy()
     assert output.dtype == np.float32
-    np.testing.assert_allclose(output, expected, atol=tolerance)
+    # a box at 430 pixels has float32's rounding, a few of whose steps another order of sums makes on some processors
+    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=tolerance)
     shares = error_shares(
         torch.from_numpy(output), torch.from_numpy(expected), detector.model, torch.from_numpy(image), boxes_and_scores
     )

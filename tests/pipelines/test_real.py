@@ -14,9 +14,8 @@ from quantrack.quantization.recipe import CALIBRATED, Recipe
 pytestmark = pytest.mark.real
 # benchmarks/accuracy_table.py takes the whole list, and three times as long.
 CALIBRATION = "16"
-# packed weights and integer activations together lose most; from 16 pictures they had 0.425 to 0.439 by processor
-FOR_SMALL_AND_FAST = ("--calib-images", "48")
-INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50")  # five turns, whose median a slow one does not move
+# five turns, whose median a slow one does not move; with integer activations, 24 pictures are much better than 16
+INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50", "--calib-images", "24")
 SLOWEST = 0.8  # times float32, with integer kernels: 0.55 where they were made, but the other worker disturbs
 
 
@@ -87,10 +86,11 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
     real_inputs: Path, store: Path, bits: str
 ) -> None:
     options = ("--avg-bits", "4.5", "--plan-bits", bits, "--weight-storage", "int4")
-    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *FOR_SMALL_AND_FAST, *options)
+    run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *options)
     metrics = run.data.metrics
     assert 4.45 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.435
+    assert metrics["mAP50-95"] >= 0.43
+    assert metrics["float32_agreement"] >= 0.86
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
     assert_integer_kernels(run)
     assert times_float32(run, "onnx_mb") < 0.25
@@ -99,12 +99,13 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
 def test_integer_kernels(real_inputs: Path, store: Path) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", "w8a8", *INTEGER_KERNELS)
     assert run.data.metrics["mAP50-95"] >= 0.455
+    assert run.data.metrics["float32_agreement"] >= 0.945
     assert_integer_kernels(run)
 
 
 def assert_integer_kernels(run: Run) -> None:
     metrics = run.data.metrics
-    assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 19  # Conv, Concat, Add, and the large SiLUs
+    assert metrics["nodes_int8_compute"] == 82 + 19 + 10 + 2 * 33  # Conv, Concat, Add, and the large SiLUs
     assert metrics["parity_mean_abs"] < 0.02
     assert metrics["latency_ratio"] < SLOWEST
     assert "exact_sums" not in run.data.tags["session_settings"]  # weights fit the usual kernels of any processor

@@ -40,5 +40,7 @@ def test_what_is_above_float32_says_so(ends: tuple[float, ...], words: str) -> N
 def test_float32_is_not_held_against_itself() -> None:
     itself = {"mAP50-95": 0.4667, "mAP50-95_drop": 0.0, "latency_ms_p50": 19.4, "latency_ratio": 1.0, "onnx_mb": 9.41}
     assert headline("fp32", itself) == "fp32: mAP50-95 0.4667, 19.4 ms, 9.41 MB"
-    assert "float32" not in summary_text("fp32", {}, itself)
-    assert "times float32" in summary_text("fp16", {}, itself | {"latency_ratio": 1.04})
+    assert "float32" not in summary_text("fp32", {}, itself | {"float32_agreement": 1.0})
+    other = summary_text("fp16", {}, itself | {"latency_ratio": 1.04, "float32_agreement": 0.99})
+    assert "times float32" in other
+    assert "| agreement with float32's detections | 0.990 |" in other

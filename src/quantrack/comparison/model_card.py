@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantrack.comparison.fitting import fitting
 from quantrack.comparison.gates import MeasuredRun
-from quantrack.comparison.runs import ACCURACY, LATENCY, LATENCY_RATIO, SIZE
+from quantrack.comparison.runs import ACCURACY, AGREEMENT, LATENCY, LATENCY_RATIO, SIZE
 from quantrack.schemes import Scheme, Variant, parse_mode
 
 MAX_DESCRIPTION = 5000  # what MLflow keeps of a version's description
@@ -17,6 +17,7 @@ ROWS = (
     ("mAP50-95_drop", "drop against float32, points", "{:.2f}"),
     ("mAP50-95_drop_ci_low", "drop, lower end of its 95 % interval", "{:.2f}"),
     ("mAP50-95_drop_ci_high", "drop, upper end of its 95 % interval", "{:.2f}"),
+    (AGREEMENT, "agreement with float32's detections", "{:.3f}"),
     (LATENCY, "median latency, ms", "{:.1f}"),
     (LATENCY_RATIO, "latency, times float32's in turns", "{:.2f}"),
     (SIZE, "ONNX file, MB", "{:.2f}"),

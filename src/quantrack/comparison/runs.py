@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ACCURACY, LATENCY, LATENCY_RATIO, SIZE = "mAP50-95", "latency_ms_p50", "latency_ratio", "onnx_mb"
+AGREEMENT = "float32_agreement"
 COMPARED = "compared_run_ids"  # the tag of a comparison that lists its runs
 EVALUATION = ("evaluation_digest", "head", "imgsz")  # tags that make accuracies comparable
 CIRCUMSTANCES = (*EVALUATION, "provider", "device_name")  # and latencies

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantrack.comparison.differences import MATRIX_CAPTION, matrix, matrix_markdown
 from quantrack.comparison.runs import (
     ACCURACY,
+    AGREEMENT,
     LATENCY,
     LATENCY_RATIO,
     SIZE,
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("drop, points", f"{ACCURACY}_drop", "{:.2f}"),
     Column("from", f"{ACCURACY}_drop_ci_low", "{:.1f}"),
     Column("to", f"{ACCURACY}_drop_ci_high", "{:.1f}"),
+    Column("agreement", AGREEMENT, "{:.3f}"),
     Column("latency p50, ms", LATENCY, "{:.1f}"),
     Column("times float32", LATENCY_RATIO, "{:.2f}"),
     Column("file, MB", SIZE, "{:.2f}"),
@@ -113,6 +115,7 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
             lines += [MATRIX_CAPTION, "", *matrix_markdown(between), ""]
     lines += [
         "`drop` is held against float32, `from` and `to` bound it at 95 % (paired bootstrap over the pictures);",
+        "`agreement` is mAP50-95 with float32's sure detections as truth, which chance moves less;",
         "`times float32` is the latency over that of the float32 file, timed in turns. A dash: not measured.",
     ]
     return "\n".join(lines) + "\n"

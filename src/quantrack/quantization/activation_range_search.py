@@ -8,7 +8,6 @@ tried in a network that is float otherwise, against the float network's raw outp
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from quantrack.quantization.layer_trials import trial_errors
 from quantrack.quantization.layers import (
     QuantizedConvolution,
     activation_quantization,
+    another_activation_range,
     layer_plan,
     quantized_input,
     quantized_layers,
@@ -152,7 +152,7 @@ class _Rounding:
 
     def __init__(self, job: QuantizationJob) -> None:
         self.probe = job.float_model
-        self._layers = quantized_layers(copy.deepcopy(job.model))
+        self._layers = quantized_layers(job.model)
 
     def trial(self, name: str, range_: Range) -> Callable[[], AbstractContextManager[None]]:
         """A layer's input rounded on a grid over this range while the context is open."""
@@ -160,8 +160,9 @@ class _Rounding:
 
     @contextmanager
     def _rounded(self, name: str, range_: Range) -> Iterator[None]:
-        layer = self._layers[name]
-        set_activation_range(layer, *range_)
-        convolution = self.probe.get_submodule(name)
-        with convolution.register_forward_pre_hook(lambda module, inputs: quantized_input(layer, inputs[0])):
+        layer, convolution = self._layers[name], self.probe.get_submodule(name)
+        with (
+            another_activation_range(layer, *range_),
+            convolution.register_forward_pre_hook(lambda module, inputs: quantized_input(layer, inputs[0])),
+        ):
             yield

@@ -7,6 +7,7 @@ of a recipe can choose them, and training can learn them as in LSQ (arXiv:1902.0
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -366,6 +367,18 @@ def set_activation_range(layer: QuantizedConvolution, minimum: float, maximum: f
     else:
         # signed integers reach 127 upwards; Brevitas divides the range by 128
         scaling.data.fill_(max(-low, high, 1e-8) * 128 / 127)
+
+
+@contextmanager
+def another_activation_range(layer: QuantizedConvolution, minimum: float, maximum: float) -> Iterator[None]:
+    """The input quantizer with this range for a while, then to the bit with its own again."""
+    kept = [parameter.data.clone() for parameter in layer.input_quant.parameters()]
+    try:
+        set_activation_range(layer, minimum, maximum)
+        yield
+    finally:
+        for parameter, own in zip(layer.input_quant.parameters(), kept, strict=True):
+            parameter.data.copy_(own)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import mlflow
 
-from quantrack.comparison.runs import ACCURACY, LATENCY_RATIO, ComparisonKey
+from quantrack.comparison.runs import ACCURACY, AGREEMENT, LATENCY_RATIO, ComparisonKey
 from quantrack.datasets.coco import EvaluationSet
 from quantrack.detector.device import resolve_device
 from quantrack.detector.load import Detector
+from quantrack.evaluation.agreement import agreement
 from quantrack.evaluation.bootstrap import paired_drop_interval
 from quantrack.evaluation.coco_metrics import detections_from_json, drop_points
 from quantrack.evaluation.measure import Proof, prove
@@ -32,7 +33,7 @@ from quantrack.tracking.run import log_new_parameters, name_run, tracked_run
 from quantrack.tracking.run_digest import SOFTWARE, log_run_digest, software_digest
 
 FLOAT_RECIPE = "float"
-OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0}  # float32 held against itself
+OWN_REFERENCE = {f"{ACCURACY}_drop": 0.0, LATENCY_RATIO: 1.0, AGREEMENT: 1.0}  # float32 held against itself
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,18 @@ class Baseline:
         """The baseline's file, to be timed in turns with another; it is copied to `folder`."""
         return open_session(fetch_onnx(f"runs:/{self.run_id}/onnx", folder, "baseline"), provider)
 
-    def drop(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
-        """`mAP50-95_drop` in points and its 95 % interval; absent where either side was not measured."""
+    def beside(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
+        """What another result is beside this one: its drop, and its agreement; absent where there is none to measure.
+
+        `mAP50-95_drop` in points and its 95 % interval; `float32_agreement`, which needs no labels.
+        """
+        follows = agreement(evaluation_set, self.detections, proof.detections)
+        known = {} if follows is None else {AGREEMENT: follows}
         if ACCURACY not in proof.coco.metrics or ACCURACY not in self.metrics:
-            return {}
+            return known
         drop = drop_points(self.metrics[ACCURACY], proof.coco.metrics[ACCURACY])
         interval = paired_drop_interval(evaluation_set, self.detections, proof.detections)
-        return {f"{ACCURACY}_drop": drop} | interval.metrics()
+        return {f"{ACCURACY}_drop": drop} | interval.metrics() | known
 
 
 def measure_baseline(
@@ -74,7 +80,7 @@ def measure_baseline(
         session = open_session(files.optimized, settings.provider)
         beside = reference.open(settings.provider, Path(folder) / "float32") if reference else None
         proof = prove(session, evaluation_set, facts.head, settings.latency_runs, torch_network(model), beside)
-        further = reference.drop(proof, evaluation_set) if reference else OWN_REFERENCE
+        further = reference.beside(proof, evaluation_set) if reference else OWN_REFERENCE
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     return Baseline(active_run_id(), metrics, proof.detections), proof

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities import Run
 
-from quantrack.comparison.runs import ACCURACY
+from quantrack.comparison.runs import ACCURACY, AGREEMENT
 from quantrack.errors import QuantrackError
 from quantrack.files import file_digest
 from quantrack.progress import say
@@ -187,8 +187,8 @@ def _not_compared(record: Record, again: Run, names: Iterable[str]) -> dict[str,
     """What must differ although the same was done, by why."""
     left_out = {}
     if not _from_one_baseline(record, again):
-        drops = sorted(name for name in names if name.startswith(f"{ACCURACY}_drop"))
-        left_out["not held against the float32 baseline of then, as far as is known"] = drops
+        held = sorted(name for name in names if name.startswith((f"{ACCURACY}_drop", AGREEMENT)))
+        left_out["not held against the float32 baseline of then, as far as is known"] = held
     if record.run.data.tags.get("recipe") != again.data.tags.get("recipe"):  # and files carry its name
         recipe = record.run.data.tags.get("recipe")
         files = sorted(name for name in names if name.startswith("onnx"))

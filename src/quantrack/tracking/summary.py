@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import mlflow
 
+from quantrack.comparison.runs import AGREEMENT
 from quantrack.progress import say
 from quantrack.tracking.log import log_description
 from quantrack.tracking.read import active_run_id
@@ -16,6 +17,7 @@ ROWS = (
     ("mAP50-95_drop", "drop against float32 (points)", "{:.2f}"),
     ("mAP50-95_drop_ci_low", "drop, lower end of its 95 % interval", "{:.2f}"),
     ("mAP50-95_drop_ci_high", "drop, upper end of its 95 % interval", "{:.2f}"),
+    (AGREEMENT, "agreement with float32's detections", "{:.3f}"),
     ("weight_bits_avg", "average weight bits", "{:.2f}"),
     ("latency_ms_p50", "median latency (ms)", "{:.1f}"),
     ("latency_ratio", "latency, times float32's in turns", "{:.2f}"),
@@ -63,7 +65,7 @@ def _without_itself(metrics: Mapping[str, float]) -> Mapping[str, float]:
     """Without what float32 is to itself, which no one measured."""
     own = {"mAP50-95_drop": 0.0, "latency_ratio": 1.0}
     of_itself = all(metrics.get(name) == value for name, value in own.items())
-    return {name: value for name, value in metrics.items() if name not in own} if of_itself else metrics
+    return {name: value for name, value in metrics.items() if name not in (*own, AGREEMENT)} if of_itself else metrics
 
 
 def log_summary(title: str, measured_on: Mapping[str, str], metrics: Mapping[str, float]) -> None:

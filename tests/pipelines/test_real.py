@@ -51,10 +51,14 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     assert run.data.metrics["parity_mean_abs"] < 1e-5
 
 
-@pytest.mark.parametrize(("mode", "least"), [("w8a16", 0.462), ("w8a8", 0.460), ("w4a16", 0.43), ("w4a8", 0.42)])
-def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float) -> None:
+@pytest.mark.parametrize(
+    ("mode", "least", "agreement"),
+    [("w8a16", 0.462, 0.98), ("w8a8", 0.460, 0.96), ("w4a16", 0.43, 0.92), ("w4a8", 0.42, 0.91)],
+)
+def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float, agreement: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert run.data.metrics["mAP50-95"] >= least
+    assert run.data.metrics["float32_agreement"] >= agreement
     assert run.data.metrics["parity_mean_abs"] < 0.02
 
 
@@ -76,6 +80,7 @@ def test_bits_by_channel_keep_to_their_budget_and_are_packed(real_inputs: Path, 
     metrics = run.data.metrics
     assert 4.49 < metrics["weight_bits_avg"] <= 4.5
     assert metrics["mAP50-95"] >= 0.43
+    assert metrics["float32_agreement"] >= 0.86
     assert times_float32(run, "onnx_mb") < 0.26
     if placement == "full":
         assert_integer_kernels(run)
@@ -98,7 +103,8 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
 
 def test_integer_kernels(real_inputs: Path, store: Path) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", "w8a8", *INTEGER_KERNELS)
-    assert run.data.metrics["mAP50-95"] >= 0.455
+    # on these pictures mAP of eight like files was 0.452 to 0.465 by chance, and agreement 0.954 to 0.967
+    assert run.data.metrics["mAP50-95"] >= 0.45
     assert run.data.metrics["float32_agreement"] >= 0.945
     assert_integer_kernels(run)
 

@@ -12,10 +12,10 @@ from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.recipe import CALIBRATED, Recipe
 
 pytestmark = pytest.mark.real
-# benchmarks/accuracy_table.py takes the whole list, and three times as long.
-CALIBRATION = "16"
-# five turns, whose median a slow one does not move; with integer activations, 24 pictures are much better than 16
-INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50", "--calib-images", "24")
+# benchmarks/accuracy_table.py takes the whole list, and three times as long. The same for all, which share what is
+# cached; with integer activations, 24 pictures are much better than 16.
+CALIBRATION = "24"
+INTEGER_KERNELS = ("--placement", "full", "--latency-runs", "50")  # five turns, whose median a slow one does not move
 SLOWEST = 0.8  # times float32, with integer kernels: 0.55 where they were made, but the other worker disturbs
 
 

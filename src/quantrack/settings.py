@@ -446,6 +446,7 @@ class PromoteSettings:
     max_latency_ratio: float = _setting(0.0, "Most latency, as a multiple of float32's timed in turns; 0 = any.")
     max_mb: float = _setting(0.0, "Size of the ONNX file in 10^6 bytes; 0 = any.")
     min_map: float = _setting(0.0, "Least mAP50-95, a fraction; 0 = any.", name="min_mAP")
+    min_agreement: float = _setting(0.0, "Least float32_agreement, a fraction; 0 = any.")
     max_parity: float = _setting(0.02, "Mean difference between PyTorch and ONNX Runtime; 0 = any.")
     same_evaluation: bool = _setting(True, "Pictures, head and input size must be those of the champion.")
     require_better: bool = _setting(False, "mAP50-95 must not be below the champion's.")
@@ -463,7 +464,8 @@ class PromoteSettings:
             if isinstance(value, float):
                 name = setting_name(item)
                 _require(math.isfinite(value) and value >= 0, f"{name}={value}: must be a number from 0; 0 = any")
-        _require(self.min_map <= 1, f"min_mAP={self.min_map}: must be a fraction from 0 to 1")
+        for name, fraction in (("min_mAP", self.min_map), ("min_agreement", self.min_agreement)):
+            _require(fraction <= 1, f"{name}={fraction}: must be a fraction from 0 to 1")
         _require(
             self.same_evaluation or not self.require_better,
             "require_better=true: accuracies on different pictures do not compare; leave same_evaluation=true",

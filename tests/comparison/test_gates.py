@@ -57,6 +57,13 @@ CASES = {
     ),
     "size": (RUN, Limits(max_mb=2.5), "max_mb: onnx_mb is 2.77, limit 2.5"),
     "accuracy": (RUN, Limits(min_map=0.5), "min_mAP: mAP50-95 is 0.44, limit 0.5"),
+    "agreement": (
+        with_metrics(float32_agreement=0.93), Limits(min_agreement=0.95),
+        "min_agreement: float32_agreement is 0.93, limit 0.95",
+    ),
+    "agreement was not measured": (
+        RUN, Limits(min_agreement=0.9), "min_agreement: float32_agreement is missing or not finite, limit 0.9",
+    ),
     "parity": (RUN, Limits(max_parity=0.001), "max_parity: parity_mean_abs is 0.003, limit 0.001"),
     "failed": (replace(RUN, status="FAILED"), Limits(), "finished: the run's status is FAILED, must be FINISHED"),
     "no model": (replace(RUN, model_ids=()), Limits(), "logged_model: the run has 0 LoggedModels, must be 1"),
@@ -101,9 +108,12 @@ def test_a_gate_whose_metric_is_missing_fails() -> None:
 
 
 def test_limits_may_be_reached() -> None:
-    limits = Limits(max_drop=4.1, max_latency_ratio=1.5, max_mb=2.77, min_map=0.44, max_parity=0.003)
-    assert reasons(RUN, limits) == ""
-    assert len(judge(RUN, None, limits).gates) == 4 + 5
+    limits = Limits(
+        max_drop=4.1, max_latency_ratio=1.5, max_mb=2.77, min_map=0.44, min_agreement=0.93, max_parity=0.003
+    )
+    run = with_metrics(float32_agreement=0.93)
+    assert reasons(run, limits) == ""
+    assert len(judge(run, None, limits).gates) == 4 + 6
 
 
 def test_a_slow_hour_of_the_machine_refuses_no_model() -> None:
@@ -140,10 +150,10 @@ def test_require_better() -> None:
 
 def test_off_gates_are_told() -> None:
     assert off_gates(judge(RUN, None, Limits(max_drop=5, max_parity=0.02))) == (
-        "max_latency_ratio", "max_mb", "min_mAP", "same_evaluation", "require_better",
+        "max_latency_ratio", "max_mb", "min_mAP", "min_agreement", "same_evaluation", "require_better",
     )  # fmt: skip
     assert "same_evaluation" not in off_gates(judge(RUN, CHAMPION, Limits()))
-    every = Limits(5, 1, 10, 0.1, 0.02, same_evaluation=True, require_better=True)
+    every = Limits(5, 1, 10, 0.1, 0.9, 0.02, same_evaluation=True, require_better=True)
     assert off_gates(judge(RUN, CHAMPION, every)) == ()
 
 

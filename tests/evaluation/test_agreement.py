@@ -36,6 +36,13 @@ def test_each_sure_object_counts_alike() -> None:
     assert without == pytest.approx([67 / 101, 67 / 101, 67 / 101, 1])
 
 
+def test_a_crowded_picture_agrees_with_itself() -> None:
+    found = [Detection(1, 1 + place % 2, (4.0 * place, 5.0, 3.0, 8.0), 0.3 + place / 1000) for place in range(150)]
+    assert agreement(SET, found, found) == pytest.approx(1)
+    assert agreement(SET, found, found[50:]) == pytest.approx(1)  # the 100 surest
+    assert agreement(SET, found, found[:50]) == 0
+
+
 def test_a_detection_of_another_class_is_none() -> None:
     swapped = [replace(one, category_id=3 - one.category_id) for one in EXPECTED]
     found = agreement(SET, EXPECTED[2:], swapped[2:])

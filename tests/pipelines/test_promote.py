@@ -107,7 +107,7 @@ def test_a_champion_is_scored_by_its_alias(ptq_run: Run, shared_store: Path) -> 
 def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, shared_store: Path) -> None:
     done = run_pipeline(
         shared_store, "promote", "--name", "refused", "--run-id", ptq_run.info.run_id,
-        "--max-mb", "0.2", "--min-mAP", "0.99", "--max-latency-ratio", "0.001", *LENIENT,
+        "--max-mb", "0.2", "--min-mAP", "0.99", "--min-agreement", "0.9999", "--max-latency-ratio", "0.001", *LENIENT,
     )  # fmt: skip
     assert done.returncode == 1
     refusal = promotion(shared_store)
@@ -116,11 +116,13 @@ def test_a_refusal_names_each_gate_and_leaves_the_registry_alone(ptq_run: Run, s
     assert f"error: {reason}" in done.stderr.splitlines()
     assert reason.startswith("refused: max_latency_ratio: latency_ratio to float32, timed in turns, is ")
     size, accuracy = ptq_run.data.metrics["onnx_mb"], ptq_run.data.metrics["mAP50-95"]
-    assert f"; max_mb: onnx_mb is {size:.6g}, limit 0.2; min_mAP: mAP50-95 is {accuracy:.6g}, limit 0.99" in reason
+    assert f"; max_mb: onnx_mb is {size:.6g}, limit 0.2; min_mAP: mAP50-95 is {accuracy:.6g}, limit 0.99; " in reason
+    assert reason.endswith(f"float32_agreement is {ptq_run.data.metrics['float32_agreement']:.6g}, limit 0.9999")
     assert not is_registered("refused")
     assert {gate["gate"]: gate["passed"] for gate in gates(refusal)["runs"][0]["gates"]} == {  # type: ignore[index]
         "finished": True, "logged_model": True, "metrics": True, "tags": True, "max_drop": True,
-        "max_latency_ratio": False, "max_mb": False, "min_mAP": False, "max_parity": True,
+        "max_latency_ratio": False, "max_mb": False, "min_mAP": False,
+        "min_agreement": False, "max_parity": True,
     }  # fmt: skip
     assert gates(refusal)["off"] == ["same_evaluation", "require_better"]
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from quantrack.comparison.runs import ACCURACY, EVALUATION, LATENCY, LATENCY_RATIO, SIZE, ComparisonKey, latency_measure
+from quantrack.comparison.runs import (
+    ACCURACY,
+    AGREEMENT,
+    EVALUATION,
+    LATENCY,
+    LATENCY_RATIO,
+    SIZE,
+    ComparisonKey,
+    latency_measure,
+)
 from quantrack.errors import QuantrackError
 from quantrack.evaluation.bootstrap import LEAST_PICTURES
 
@@ -23,13 +32,15 @@ MORE_IS_BETTER = {ACCURACY: True, LATENCY: False, SIZE: False}  # what the best 
 class Limits:
     """Where the gates stand; 0 and False switch a gate off.
 
-    `max_drop` is in points, `max_latency_ratio` a factor, `max_mb` in 10^6 bytes, `min_map` a fraction.
+    `max_drop` is in points, `max_latency_ratio` a factor, `max_mb` in 10^6 bytes, `min_map` and `min_agreement` are
+    fractions.
     """
 
     max_drop: float = 0.0
     max_latency_ratio: float = 0.0
     max_mb: float = 0.0
     min_map: float = 0.0
+    min_agreement: float = 0.0
     max_parity: float = 0.0
     same_evaluation: bool = True
     require_better: bool = False
@@ -62,7 +73,8 @@ class Champion:
 
 
 OPTIONAL_GATES = (
-    "max_drop", "max_latency_ratio", "max_mb", "min_mAP", "max_parity", "same_evaluation", "require_better",
+    "max_drop", "max_latency_ratio", "max_mb", "min_mAP", "min_agreement", "max_parity", "same_evaluation",
+    "require_better",
 )  # fmt: skip
 
 
@@ -105,6 +117,8 @@ def judge(run: MeasuredRun, champion: Champion | None, limits: Limits) -> Verdic
         gates.append(_at_most("max_mb", SIZE, run.metrics.get(SIZE), limits.max_mb))
     if limits.min_map:
         gates.append(_at_least("min_mAP", ACCURACY, run.metrics.get(ACCURACY), limits.min_map))
+    if limits.min_agreement:
+        gates.append(_at_least("min_agreement", AGREEMENT, run.metrics.get(AGREEMENT), limits.min_agreement))
     if limits.max_parity:
         gates.append(_at_most("max_parity", PARITY, run.metrics.get(PARITY), limits.max_parity))
     if champion is not None and limits.same_evaluation:

@@ -8,6 +8,7 @@ recipe that is worse by a point of mAP is worse by six of agreement (docs/accura
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from quantrack.evaluation.coco_metrics import evaluate_coco
 from quantrack.evaluation.types import Detection
 
 SURE = 0.25  # the score from which a detection is an object, as in Ultralytics' prediction
+COUNTED = 100  # detections of a picture and class, as COCO has it
 APART = 100_000.0  # pixels between classes, so that pooled boxes of two classes never overlap
 POOLED = Category(1, "any")
 
@@ -24,18 +26,27 @@ def agreement(evaluation_set: EvaluationSet, expected: Sequence[Detection], foun
     """mAP50-95 (0..1) of `found` with the sure detections of `expected` as truth; 1 if they are the same.
 
     Objects of all classes count alike: they are ranked and averaged together, and a detection of the wrong class is
-    none. None where nothing sure is expected. The set's own boxes are not looked at.
+    none. Of a picture its `COUNTED` surest count. None where nothing sure is expected. The set's own boxes are not
+    looked at.
 
     Raises:
         QuantrackError: a detection belongs to a picture outside the set.
     """
     truth = tuple(
         TrueBox(one.image_id, POOLED.id, pooled(one).xywh, crowd=False, area=one.xywh[2] * one.xywh[3])
-        for one in expected
-        if one.score >= SURE
+        for one in surest(expected)
     )
     followed = replace(evaluation_set, boxes=truth, categories=(POOLED,))
     return evaluate_coco(followed, [pooled(one) for one in found]).metrics.get("mAP50-95")
+
+
+def surest(detections: Sequence[Detection]) -> list[Detection]:
+    """What counts as objects: the sure detections, of each picture no more than are looked for in it."""
+    by_picture: dict[int, list[Detection]] = defaultdict(list)
+    for one in sorted(detections, key=lambda one: -one.score):
+        if one.score >= SURE:
+            by_picture[one.image_id].append(one)
+    return [one for found in by_picture.values() for one in found[:COUNTED]]
 
 
 def pooled(detection: Detection) -> Detection:

@@ -24,6 +24,7 @@ COLUMNS = (
     ("bits", "weight_bits_avg", "{:.2f}"),
     ("mAP50-95", "mAP50-95", "{:.4f}"),
     ("drop, points", "mAP50-95_drop", "{:.2f}"),
+    ("agreement", "float32_agreement", "{:.3f}"),
     ("gain over PTQ, points", "mAP50-95_gain", "{:.2f}"),
     ("from", "mAP50-95_gain_ci_low", "{:.2f}"),
     ("to", "mAP50-95_gain_ci_high", "{:.2f}"),

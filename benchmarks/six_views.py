@@ -135,7 +135,7 @@ def measure(reference: Path, files: Sequence[Path], pictures: EvaluationSet, nam
         found = detections_in_views(path, pictures)
         own = [100 * score(view.of_set(pictures), each) for view, each in zip(VIEWS, found, strict=True)]
         drops = [before - after for before, after in zip(scores, own, strict=True)]
-        agreements = [agreement(pictures, *pair) for pair in zip(expected, found, strict=True)]
+        agreements = [_agreement(pictures, *pair) for pair in zip(expected, found, strict=True)]
         shifts = [logit_shifts(*pair) for pair in zip(expected, found, strict=True)]
         rows.append(
             {
@@ -169,6 +169,13 @@ def _detect(session: Session, pictures: EvaluationSet, view: View, what: str) ->
 def score(pictures: EvaluationSet, detections: Sequence[Detection]) -> float:
     """mAP50-95."""
     return evaluate_coco(pictures, detections).metrics["mAP50-95"]
+
+
+def _agreement(pictures: EvaluationSet, expected: Sequence[Detection], found: Sequence[Detection]) -> float:
+    value = agreement(pictures, expected, found)
+    if value is None:
+        raise QuantrackError("the float32 file detects nothing sure in a view; show it pictures of what it detects")
+    return value
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def evaluate(settings: OnnxSettings) -> None:
         beside = baseline.open(settings.provider, Path(folder) / "float32") if baseline else None
         # Without the PyTorch model there is no parity to measure; it stays absent.
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, None, beside)
-        further = baseline.beside(proof, evaluation_set) if baseline else {}
+        further = baseline.compared(proof, evaluation_set) if baseline else {}
         log_evaluation(path, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, baseline.detections if baseline else None, proof.detections)
     if settings.require_gpu:

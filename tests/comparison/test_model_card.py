@@ -9,7 +9,7 @@ TAGS = {
     "calibration_digest": "d" * 64, "model_digest": "b" * 64,
 }  # fmt: skip
 FLOAT = MeasuredRun("f" * 32, "baseline", "FINISHED", {"mAP50-95": 0.4667, "latency_ms_p50": 30.6}, TAGS)
-METRICS = {"mAP50-95": 0.4395, "mAP50-95_drop_ci_high": 4.7, "latency_ms_p50": 57.8}
+METRICS = {"mAP50-95": 0.4395, "mAP50-95_drop_ci_high": 4.7, "float32_agreement": 0.9351, "latency_ms_p50": 57.8}
 RUN = MeasuredRun("a" * 32, "ptq", "FINISHED", METRICS, TAGS, ("m-1",), FLOAT)
 MEASUREMENT = Measurement("coco-val100", "100", 64, 7, {"torch": "2.13.0", "python": "3.11"})
 
@@ -19,7 +19,8 @@ def test_card_says_what_it_is_and_on_what_it_was_measured() -> None:
     assert card.startswith("# yolov10m W4A8\n")
     for part in (
         "4-bit weights and INT8 activations", "| mAP50-95 | 0.4395 | 0.4667 |",
-        "| drop, upper end of its 95 % interval | 4.70 | - |", "coco-val100 (digest eeeeeeeeeeee)",
+        "| drop, upper end of its 95 % interval | 4.70 | - |", "| agreement with float32's detections | 0.935 | - |",
+        "coco-val100 (digest eeeeeeeeeeee)",
         "head one2one, 640 px",
         "cpu on Some Processor, 2 cores, 100 timed runs", "torch 2.13.0", "commit c0ffee", "Recipe `default`",
         "64 unlabelled pictures (digest dddddddddddd, seed 7)", 'load_model("models:/night watch@champion")',

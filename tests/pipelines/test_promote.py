@@ -229,6 +229,11 @@ CASES = {
     "negative": (("--name", "n", "--run-id", "1", "--max-drop", "-1"), 2, "max_drop=-1.0: must be a number from 0"),
     "nan": (("--name", "n", "--run-id", "1", "--min-mAP", "nan"), 2, "min_mAP=nan: must be a number from 0"),
     "percent": (("--name", "n", "--run-id", "1", "--min-mAP", "40"), 2, "min_mAP=40.0: must be a fraction from 0 to 1"),
+    "percent of agreement": (
+        ("--name", "n", "--run-id", "1", "--min-agreement", "90"),
+        2,
+        "min_agreement=90.0: must be a fraction from 0 to 1",
+    ),
     "text": (("--name", "n", "--run-id", "1", "--min-mAP", "high"), 2, "min_mAP=high: not a number"),
     "better than what": (
         ("--name", "n", "--run-id", "1", "--require-better", "true", "--same-evaluation", "false"),

@@ -40,6 +40,7 @@ from quantrack.quantization.insert_quantizers import InsertQuantizers, average_s
 from quantrack.quantization.job import CachedTime, QuantizationJob, Step, first_pictures, new_job
 from quantrack.quantization.layers import (
     activation_quantization,
+    another_activation_range,
     bits_per_channel,
     fake_quantize,
     layer_plan,
@@ -207,6 +208,23 @@ def test_range_search_tries_only_layers_that_cost_much(job: QuantizationJob) -> 
     search = ActivationRangeSearch(least_share=0.9, images=2)
     assert search.apply(job) == {"shrunken": 0, "error_before": 0, "error_after": 0}
     assert {name: range_of(layer) for name, layer in quantized_layers(job.model).items()} == ranges
+
+
+def test_another_range_is_gone_after_a_failure(job: QuantizationJob) -> None:
+    apply_recipe(job, NOT_EQUALIZED)
+    layer = quantized_layers(job.model)["model.6.cv1.conv"]
+    before = [parameter.clone() for parameter in layer.input_quant.parameters()]
+
+    def fail() -> None:
+        with another_activation_range(layer, -0.125, 0.25):
+            assert range_of(layer) == pytest.approx((-0.125, 0.25), rel=0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    after = list(layer.input_quant.parameters())
+    assert len(after) == 2
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_costs_of_ranges_are_measured_once_for_all_bits_of_weights(

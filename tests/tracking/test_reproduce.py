@@ -108,19 +108,20 @@ def test_a_recipe_that_has_other_steps_by_now_is_taken_from_the_record(
     )
 
 
-def evaluated(baseline: str, drop: float, mean_precision: float = 0.4) -> str:
+def evaluated(baseline: str, drop: float, mean_precision: float = 0.4, *, with_agreement: bool = True) -> str:
     """The id of an `evaluate` run that was held against a baseline."""
     with tracked_run("evaluate", {"onnx": "a/file.onnx", "data_root": "demo"}) as run:
         mlflow.set_tags({BASELINE_TAG: baseline} if baseline else {})
         mlflow.log_dict({}, "environment.json")
         mlflow.log_metrics({"mAP50-95": mean_precision, "mAP50-95_drop": drop, "mAP50-95_drop_ci_low": drop - 1})
+        mlflow.log_metrics({"float32_agreement": 1 - drop / 10} if with_agreement else {})
     return str(run.info.run_id)
 
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("again", "differing"),
-    [(("one", 1.0), 0), (("one", 2.0), 2), (("another", 2.0), 0), (("another", 2.0, 0.3), 1), (("", 2.0), 0)],
+    [(("one", 1.0), 0), (("one", 2.0), 3), (("another", 2.0), 0), (("another", 2.0, 0.3), 1), (("", 2.0), 0)],
 )
 def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int, tmp_path: Path) -> None:
     record = read_record(evaluated("one", 1.0), "", tmp_path)
@@ -130,4 +131,13 @@ def test_drops_from_two_baselines_are_not_compared(again: tuple, differing: int,
     assert len(found) == differing
     said = read_json(run.info.run_id, "reproduction.json")
     assert said["equal"] == (differing == 0)
-    assert said["not_compared"] == ([] if again[0] == "one" else ["mAP50-95_drop", "mAP50-95_drop_ci_low"])
+    held_against = ["float32_agreement", "mAP50-95_drop", "mAP50-95_drop_ci_low"]
+    assert said["not_compared"] == ([] if again[0] == "one" else held_against)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_record_of_before_agreement_was_logged_comes_out_again(tmp_path: Path) -> None:
+    record = read_record(evaluated("one", 1.0, with_agreement=False), "", tmp_path)
+    again_id = evaluated("one", 1.0)
+    with tracked_run("reproduce", {}):
+        assert log_reproduction(record, again_id) == ()

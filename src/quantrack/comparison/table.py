@@ -115,7 +115,7 @@ def summary_markdown(groups: Sequence[Group], title: str) -> str:
             lines += [MATRIX_CAPTION, "", *matrix_markdown(between), ""]
     lines += [
         "`drop` is held against float32, `from` and `to` bound it at 95 % (paired bootstrap over the pictures);",
-        "`agreement` is mAP50-95 with float32's sure detections as truth, which chance moves less;",
+        "`agreement` is mAP50-95 with float32's sure detections as truth;",
         "`times float32` is the latency over that of the float32 file, timed in turns. A dash: not measured.",
     ]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from onnx import helper
 from quantrack.onnx.graph import Graph
 
 SILU, DOMAIN, DOMAIN_VERSION = "QuickGelu", "com.microsoft", 1
-MOST_VALUES = 1 << 17  # 512 KiB of float32, which stay in the cache of a core
+MOST_VALUES = 1 << 18  # 1 MiB of float32, the cache of one core
 
 
 def silu_in_float(graph: Graph) -> None:

@@ -29,7 +29,7 @@ def trial_errors(
 ) -> dict[str, dict[K, float]]:
     """What each trial does to the outputs of `probe`, by layer name and what is tried.
 
-    A trial changes its layer in `probe` while its context is open. The error is the mean over the job's
+    A trial changes what its layer does in `probe` while its context is open. The error is the mean over the job's
     pictures of `measure`, against `probe` as it is. Time: for each trial, a pass from its block on.
     """
     sums = {name: dict.fromkeys(tried, 0.0) for name, tried in trials.items()}

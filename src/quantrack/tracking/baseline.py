@@ -48,18 +48,18 @@ class Baseline:
         """The baseline's file, to be timed in turns with another; it is copied to `folder`."""
         return open_session(fetch_onnx(f"runs:/{self.run_id}/onnx", folder, "baseline"), provider)
 
-    def beside(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
-        """What another result is beside this one: its drop, and its agreement; absent where there is none to measure.
+    def compared(self, proof: Proof, evaluation_set: EvaluationSet) -> dict[str, float]:
+        """What another result has lost, and how closely it follows; absent where there is nothing to measure it by.
 
         `mAP50-95_drop` in points and its 95 % interval; `float32_agreement`, which needs no labels.
         """
-        follows = agreement(evaluation_set, self.detections, proof.detections)
-        known = {} if follows is None else {AGREEMENT: follows}
+        alike = agreement(evaluation_set, self.detections, proof.detections)
+        without_labels = {} if alike is None else {AGREEMENT: alike}
         if ACCURACY not in proof.coco.metrics or ACCURACY not in self.metrics:
-            return known
+            return without_labels
         drop = drop_points(self.metrics[ACCURACY], proof.coco.metrics[ACCURACY])
         interval = paired_drop_interval(evaluation_set, self.detections, proof.detections)
-        return {f"{ACCURACY}_drop": drop} | interval.metrics() | known
+        return {f"{ACCURACY}_drop": drop} | interval.metrics() | without_labels
 
 
 def measure_baseline(
@@ -80,7 +80,7 @@ def measure_baseline(
         session = open_session(files.optimized, settings.provider)
         beside = reference.open(settings.provider, Path(folder) / "float32") if reference else None
         proof = prove(session, evaluation_set, facts.head, settings.latency_runs, torch_network(model), beside)
-        further = reference.beside(proof, evaluation_set) if reference else OWN_REFERENCE
+        further = reference.compared(proof, evaluation_set) if reference else OWN_REFERENCE
         metrics = log_result(files, facts, proof, evaluation_set, further)
     log_samples(evaluation_set, None, proof.detections)
     return Baseline(active_run_id(), metrics, proof.detections), proof

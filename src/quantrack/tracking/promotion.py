@@ -9,7 +9,7 @@ from mlflow.entities import Run
 
 from quantrack.comparison.gates import CONTRACT, IDENTITY, Champion, MeasuredRun, Verdict
 from quantrack.comparison.model_card import Measurement
-from quantrack.comparison.runs import COMPARED
+from quantrack.comparison.runs import AGREEMENT, COMPARED
 from quantrack.errors import QuantrackError
 from quantrack.progress import say
 from quantrack.tracking.log import log_description, log_json
@@ -89,7 +89,7 @@ def read_measurement(run: MeasuredRun) -> Measurement:
 
 def version_tags(run: MeasuredRun) -> dict[str, str]:
     """What a version says of itself: identity, figures in full, the run and the promotion it came from."""
-    figures = {name: repr(run.metrics[name]) for name in CONTRACT}
+    figures = {name: repr(run.metrics[name]) for name in (*CONTRACT, AGREEMENT) if name in run.metrics}
     identity = {name: run.tags[name] for name in VERSION_TAGS if name in run.tags}
     origin = {"run_id": run.run_id, "promotion_run_id": active_run_id()}
     first = {name: identity[name] for name in ("mode", "recipe")}  # the UI shows tags in this order

@@ -54,7 +54,7 @@ def prove_and_log(
         reference = reference_for(files, facts, job.model, settings.provider)
         beside = baseline.open(settings.provider, Path(folder) / "float32")
         proof = prove(session, evaluation_set, settings.head, settings.latency_runs, reference, beside)
-        log_result(files, facts, proof, evaluation_set, quantized | baseline.beside(proof, evaluation_set))
+        log_result(files, facts, proof, evaluation_set, quantized | baseline.compared(proof, evaluation_set))
     log_samples(evaluation_set, baseline.detections, proof.detections)
     return proof
 

@@ -146,8 +146,9 @@ def log_reproduction(record: Record, again_id: str) -> tuple[Difference, ...]:
     """`reproduction.json`: what differs and on what both ran; the number of differences as a metric."""
     again = require_run(again_id, "again")
     before, now = dict(record.facts), facts(again)
-    if ONNX_DIGEST not in before:  # a record of before it was logged
-        now.pop(ONNX_DIGEST, None)
+    for name in (ONNX_DIGEST, AGREEMENT):
+        if name not in before:  # a record of before it was logged
+            now.pop(name, None)
     reasons = _not_compared(record, again, before.keys() | now.keys())
     for reason, names in reasons.items():
         say(f"{reason}; not compared: {', '.join(names)}")

@@ -88,10 +88,10 @@ def resolved_by_file(settings: OnnxSettings, facts: ModelFacts) -> dict[str, obj
 
 
 def log_evaluation(
-    path: Path, facts: ModelFacts, proof: Proof, evaluation_set: EvaluationSet, drop: Mapping[str, float]
+    path: Path, facts: ModelFacts, proof: Proof, evaluation_set: EvaluationSet, further: Mapping[str, float]
 ) -> None:
     """Log the proof of a file that was exported elsewhere; the file itself is not logged again."""
-    metrics = proof.metrics() | file_metrics(path) | dict(drop)
+    metrics = proof.metrics() | file_metrics(path) | dict(further)
     if facts.weight_bits_avg is not None:
         metrics["weight_bits_avg"] = facts.weight_bits_avg
     log_proof(proof, evaluation_set)

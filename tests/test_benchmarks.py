@@ -43,6 +43,8 @@ def test_what_agrees_with_itself(six_views: ModuleType) -> None:
         Detection(1, 1, (11.0, 5.0, 20.0, 8.0), 0.4),  # the same object once more
         Detection(1, 2, (10.0, 5.0, 20.0, 8.0), 0.5),
     ]
+    assert six_views.agreement(PICTURES, found, found) == 1
+    assert six_views.agreement(PICTURES, found, [replace(one, category_id=3 - one.category_id) for one in found]) < 1
     assert six_views.logit_shifts(found, found) == six_views.LogitShifts(0.0, 1.0)
     assert six_views.logit_shifts(found, found[1:2]) == six_views.LogitShifts(0.0, 0.5)
     assert six_views.logit_shifts(found, []) == six_views.LogitShifts(None, 0.0)

@@ -1,5 +1,6 @@
 """Exported graphs: structure, parity with PyTorch, facts; on architectures with random weights."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -104,13 +105,16 @@ def test_float_files_agree_with_pytorch(precision: str, tolerance: float, tmp_pa
     assert files.plain.name == f"yolov10n-baseline-{precision}.onnx"
     image = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     output = ort.InferenceSession(str(files.optimized)).run(None, {"images": image})[0]
-    with torch.no_grad():
-        expected = detector.model(torch.from_numpy(image)).numpy()
+    with torch.no_grad():  # in float64: of boxes at 500 pixels float32 itself may be off by more than the tolerance
+        expected = copy.deepcopy(detector.model).double()(torch.from_numpy(image).double()).numpy()
     assert output.dtype == np.float32
-    # a box at 430 pixels has float32's rounding, a few of whose steps another order of sums makes on some processors
-    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=tolerance)
+    np.testing.assert_allclose(output, expected, atol=tolerance)
     shares = error_shares(
-        torch.from_numpy(output), torch.from_numpy(expected), detector.model, torch.from_numpy(image), boxes_and_scores
+        torch.from_numpy(output),
+        torch.from_numpy(expected).float(),
+        detector.model,
+        torch.from_numpy(image),
+        boxes_and_scores,
     )
     assert max(shares) < (1e-4 if precision == "fp32" else 0.02)
 

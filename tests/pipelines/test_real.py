@@ -94,7 +94,7 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
     run = measure(real_inputs, store, "ptq", "--mode", "w4a8", *INTEGER_KERNELS, *options)
     metrics = run.data.metrics
     assert 4.45 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["mAP50-95"] >= 0.43
+    assert metrics["mAP50-95"] >= 0.435
     assert metrics["float32_agreement"] >= 0.86
     assert metrics["mAP50-95_drop_ci_low"] < metrics["mAP50-95_drop"] < metrics["mAP50-95_drop_ci_high"]
     assert_integer_kernels(run)
@@ -104,7 +104,7 @@ def test_a_bit_plan_keeps_to_its_budget_and_the_detector_with_integer_kernels(
 def test_integer_kernels(real_inputs: Path, store: Path) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", "w8a8", *INTEGER_KERNELS)
     # on these pictures mAP of eight like files was 0.452 to 0.465 by chance, and agreement 0.954 to 0.967
-    assert run.data.metrics["mAP50-95"] >= 0.45
+    assert run.data.metrics["mAP50-95"] >= 0.455
     assert run.data.metrics["float32_agreement"] >= 0.945
     assert_integer_kernels(run)
 

@@ -1,5 +1,6 @@
 """What stops a command."""
 
+import gc
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from command import ROOT, use_store
+from command import ROOT, run_pipeline, use_store
 
 from quantrack.interrupts import SIGNALS, interruptible
 
@@ -42,6 +43,15 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     with interruptible():
         signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_garbage_is_collected_again_after_the_imports(tmp_path: Path) -> None:
+    gc.disable()  # as `program` does, which this process has imported long ago
+    try:
+        assert run_pipeline(tmp_path, "ptq", "--help").returncode == 0
+        assert gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def started(pipeline: str, store: Path, *options: str, **variables: str) -> subprocess.Popen[str]:

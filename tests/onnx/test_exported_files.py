@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from awake import boxes_and_scores, error_shares, woken
+from recipes import DEFAULT_BY_ROLE, with_fewer_trials
 
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.detector.load import Detector, load_detector
@@ -19,7 +20,7 @@ from quantrack.onnx.export import OPSET
 from quantrack.onnx.exported_files import ExportedFiles, export_float_files, export_quantized_files
 from quantrack.onnx.inspect import FACTS_KEY, ModelFacts, check_onnx, file_facts, read_facts, require_same_qdq
 from quantrack.quantization.apply import apply_recipe
-from quantrack.quantization.job import QuantizationJob, new_job
+from quantrack.quantization.job import QuantizationJob, Step, new_job
 from quantrack.quantization.recipe import RECIPES
 from quantrack.schemes import parse_mode
 
@@ -30,20 +31,20 @@ def facts_of(detector: Detector, mode: str) -> ModelFacts:
     return ModelFacts(detector.name, detector.digest, detector.head, SIZE, mode, "test", detector.class_names, 4.5)
 
 
-def quantized(detector: Detector, mode: str, recipe: str, root: Path) -> QuantizationJob:
+def quantized(detector: Detector, mode: str, steps: tuple[Step, ...], root: Path) -> QuantizationJob:
     calibration = load_calibration_set("random", 2, root, seed=0)
     job = new_job(detector, parse_mode(mode), calibration, SIZE, torch.device("cpu"), seed=0)
-    apply_recipe(job, RECIPES[recipe])
+    apply_recipe(job, steps)
     return job
 
 
-def exported(detector: Detector, mode: str, recipe: str, root: Path, folder: Path) -> ExportedFiles:
-    return export_quantized_files(quantized(detector, mode, recipe, root).model, facts_of(detector, mode), folder)
+def exported(detector: Detector, mode: str, steps: tuple[Step, ...], root: Path, folder: Path) -> ExportedFiles:
+    return export_quantized_files(quantized(detector, mode, steps, root).model, facts_of(detector, mode), folder)
 
 
 def test_naive_yolov10m_has_the_design_documents_graph(coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10m.yaml", "one2many", SIZE, 0, False)
-    files = exported(detector, "w4a8", "naive", coco_root, tmp_path)
+    files = exported(detector, "w4a8", RECIPES["naive"], coco_root, tmp_path)
     assert files.plain.name == "yolov10m-w4a8-qcdq-ptq.onnx"
     assert files.optimized.name == "yolov10m-w4a8-qcdq-ptq-opt.onnx"
     counted = {name: files.plain_nodes[name] for name in ("QuantizeLinear", "DequantizeLinear", "Clip", "Conv")}
@@ -55,7 +56,7 @@ def test_naive_yolov10m_has_the_design_documents_graph(coco_root: Path, tmp_path
 @pytest.mark.parametrize("architecture", ["yolov8n.yaml", "yolo11n.yaml", "yolov9t.yaml", "yolo26n.yaml"])
 def test_other_architectures_export_and_run(architecture: str, coco_root: Path, tmp_path: Path) -> None:
     detector = woken(load_detector(architecture, "one2many", SIZE, 0, False), SIZE)
-    job = quantized(detector, "w4a8", "default", coco_root)
+    job = quantized(detector, "w4a8", with_fewer_trials(DEFAULT_BY_ROLE), coco_root)
     files = export_quantized_files(job.model, facts_of(detector, "w4a8"), tmp_path)
     image = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     outputs = ort.InferenceSession(str(files.optimized)).run(None, {"images": image})
@@ -73,7 +74,7 @@ def test_other_architectures_export_and_run(architecture: str, coco_root: Path, 
 @pytest.mark.parametrize(("mode", "activations"), [("w8a16", 0), ("w4a16", 0), ("w8a8", 82), ("w4a8", 82)])
 def test_modes_of_the_one_to_one_head(mode: str, activations: int, coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2one", SIZE, 0, False)
-    files = exported(detector, mode, "default", coco_root, tmp_path)
+    files = exported(detector, mode, RECIPES["fast"], coco_root, tmp_path)
     assert files.plain_nodes.get("QuantizeLinear", 0) == activations
     assert files.plain_nodes["DequantizeLinear"] == 82 + activations
     model = onnx.load(files.optimized)
@@ -89,7 +90,7 @@ def test_modes_of_the_one_to_one_head(mode: str, activations: int, coco_root: Pa
 
 def test_four_bit_weights_stay_within_seven(coco_root: Path, tmp_path: Path) -> None:
     detector = load_detector("yolov10n.yaml", "one2many", SIZE, 0, False)
-    files = exported(detector, "w4a8", "naive", coco_root, tmp_path)
+    files = exported(detector, "w4a8", RECIPES["naive"], coco_root, tmp_path)
     weights = [
         onnx.numpy_helper.to_array(tensor)
         for tensor in onnx.load(files.optimized).graph.initializer

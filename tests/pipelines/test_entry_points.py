@@ -198,9 +198,9 @@ def test_fp16_baseline_is_held_against_fp32(ptq_run: Run, shared_store: Path) ->
 
 def test_one_to_many_head(ptq_run: Run, shared_store: Path) -> None:
     # the detector and the size that users get, unlike the other runs
-    options = ("--model", "demo", "--imgsz", "640", "--mode", "w4a8", "--head", "one2many")
+    options = ("--model", "demo", "--imgsz", "640", "--mode", "w4a8", "--recipe", "fast", "--head", "one2many")
     done = run_pipeline(shared_store, "ptq", *QUICK, *options)
     assert done.returncode == 0, done.stderr
-    many = named(shared_store, "ptq-w4a8-default-yolov10n-demo")
+    many = named(shared_store, "ptq-w4a8-fast-yolov10n-demo")
     assert many.data.tags["head"] == "one2many"
     assert many.data.metrics["mAP50-95"] > 0.3

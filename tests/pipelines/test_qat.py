@@ -184,6 +184,9 @@ def test_real_detector(real_inputs: Path, store: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = newest_run(store, "qat")
+    start = mlflow.get_run(run.data.tags["ptq_run_id"])
+    assert start.data.metrics["mAP50-95"] < 0.1  # rounding to four bits without care loses the detector
+    assert start.data.metrics["weight_bits_avg"] == 4
     # so few pictures show that all of it works on real input, not what training gains: docs/training.md has that
     validation = mlflow.MlflowClient().get_metric_history(run.info.run_id, "validation/mAP50-95")
     assert run.data.metrics["best_validation"] == max(point.value for point in validation)

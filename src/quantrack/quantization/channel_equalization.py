@@ -183,11 +183,10 @@ class LayerError:
         """What rounding the multiplied weights does."""
         own = divisors.reshape(len(self.magnitudes), 1, -1)
         multiplied = self.magnitudes * own
-        largest = multiplied.argmax(axis=2, keepdims=True)
-        squares = np.square(np.take_along_axis(multiplied, largest, axis=2))
+        largest, squares = multiplied.argmax(axis=2), np.square(multiplied.max(axis=2, keepdims=True))
         inverse = 1 / np.square(own)
         of_steps, of_inverse = squares.sum(axis=1, keepdims=True), inverse.sum(axis=2, keepdims=True)
-        at = (largest[..., 0] + own.shape[2] * np.arange(len(own))[:, None]).flatten()
+        at = (largest + own.shape[2] * np.arange(len(own))[:, None]).flatten()
         rising = np.bincount(at, weights=squares.flatten(), minlength=own.size).reshape(own.shape)
         gradient = 2 * (rising * of_inverse - of_steps * inverse)
         return float((of_steps * of_inverse).sum() * self.variance / 12), gradient.flatten() * self.variance / 12

@@ -52,26 +52,19 @@ def test_ptq_follows_the_plan(sensitivity_run: Run, shared_store: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
     assert run.data.metrics["weight_bits_avg"] == pytest.approx(sensitivity_run.data.metrics["weight_bits_avg"])
+    assert run.data.metrics["weight_bits_stored_avg"] == 8  # INT8, whatever their bits
     used = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/plan.json"))
     assert used == json.loads(mlflow.artifacts.load_text(plan))
 
 
-def test_ptq_plans_by_itself_under_a_budget(shared_store: Path) -> None:
-    done = run_pipeline(shared_store, "ptq", *QUICK, "--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8")
-    assert done.returncode == 0, done.stderr
-    metrics = newest_run(shared_store, "ptq").data.metrics
-    assert 4.4 < metrics["weight_bits_avg"] <= 4.5
-    assert metrics["weight_bits_stored_avg"] == 8  # INT8, whatever their bits
-    assert metrics["quantize_seconds"] > metrics["steps/01_PlanBits/seconds"] > 0
-
-
-def test_channels_have_bits_of_their_own(shared_store: Path) -> None:
+def test_ptq_plans_bits_of_channels_by_itself_under_a_budget(shared_store: Path) -> None:
     options = ("--recipe", "fast", "--avg-bits", "4.5", "--plan-bits", "4,8", "--plan-by", "channel")
     done = run_pipeline(shared_store, "ptq", *QUICK, *options, "--weight-storage", "int4")
     assert done.returncode == 0, done.stderr
     run = newest_run(shared_store, "ptq")
     assert 4.49 < run.data.metrics["weight_bits_avg"] <= 4.5
     assert run.data.metrics["weight_bits_stored_avg"] == run.data.metrics["weight_bits_avg"]  # nothing between 4 and 8
+    assert run.data.metrics["quantize_seconds"] > run.data.metrics["steps/01_PlanBits/seconds"] > 0
     plan = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/plan.json"))
     assert len(plan["bits"]["model.0.conv"]) == 8
     layers = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/layers.json"))

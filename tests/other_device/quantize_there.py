@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from recipes import with_fewer_trials
 
 from quantrack.datasets.calibration import load_calibration_set
 from quantrack.datasets.demo import demo_folder
@@ -78,14 +79,14 @@ def train_once(job: QuantizationJob) -> None:
 
 def main() -> None:
     device = load(sys.argv[1])
-    others = (
+    others: tuple[Step, ...] = (
         InsertQuantizers(activation="symmetric"), ObserveActivations(), MinMaxWeightScales(), PercentileWeightScales(),
         PercentileActivationRanges(), MseActivationRanges(), Gptq(inputs="quantized", fit_pairs=True), BiasCorrection(),
     )  # fmt: skip
     recipes: list[tuple[str, tuple[Step, ...]]] = [
-        ("w4a8", RECIPES["default"]),
-        ("w4a16", RECIPES["best"]),
-        ("w8a8", others),
+        ("w4a8", with_fewer_trials(RECIPES["default"])),
+        ("w4a16", with_fewer_trials(RECIPES["best"])),
+        ("w8a8", with_fewer_trials(others)),
         ("w8a8", (*RECIPES["fast"], FitPairSums(), BiasCorrection())),
         ("w4a8", (*CALIBRATED, BlockReconstruction(iterations=1), Distillation(1, 2, mixed_precision=False))),
     ]

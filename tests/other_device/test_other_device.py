@@ -1,5 +1,6 @@
 """Every step of quantization on a device that is not the CPU, so that what CUDA would refuse is seen without a GPU."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -38,5 +39,6 @@ def device_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_steps_keep_to_their_device(device_library: Path) -> None:
     command = [sys.executable, str(HERE / "quantize_there.py"), str(device_library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "helpers")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,6 +29,13 @@ LONGEST = (
     QUICK_RUNS,
     "tests/onnx/test_exported_files.py",
     "tests/pipelines/test_qat.py",
+    "tests/quantization/test_blocks.py",
+    "tests/other_device/test_other_device.py",
+    "tests/tracking/test_served_model.py",
+    "tests/detector/test_training.py",
+    "tests/tracking/test_registry.py",
+    "tests/detector/test_checkpoint.py",
+    "tests/quantization/test_two_processes.py",
 )
 
 

@@ -84,8 +84,7 @@ def main() -> None:
         PercentileActivationRanges(), MseActivationRanges(), Gptq(inputs="quantized", fit_pairs=True), BiasCorrection(),
     )  # fmt: skip
     recipes: list[tuple[str, tuple[Step, ...]]] = [
-        ("w4a8", with_fewer_trials(RECIPES["default"])),
-        ("w4a16", with_fewer_trials(RECIPES["best"])),
+        ("w4a8", with_fewer_trials(RECIPES["best"])),  # all that `default` does, and covariances
         ("w8a8", with_fewer_trials(others)),
         ("w8a8", (*RECIPES["fast"], FitPairSums(), BiasCorrection())),
         ("w4a8", (*CALIBRATED, BlockReconstruction(iterations=1), Distillation(1, 2, mixed_precision=False))),

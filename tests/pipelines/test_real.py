@@ -52,11 +52,12 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "least", "agreement"),
-    [("w8a16", 0.462, 0.98), ("w8a8", 0.460, 0.96), ("w4a16", 0.43, 0.92), ("w4a8", 0.42, 0.91)],
+    ("mode", "bits", "least", "agreement"),
+    [("w8a16", 8, 0.462, 0.98), ("w8a8", 8, 0.460, 0.96), ("w4a16", 4.5, 0.43, 0.92), ("w4a8", 4.5, 0.42, 0.91)],
 )
-def test_default_recipe(real_inputs: Path, store: Path, mode: str, least: float, agreement: float) -> None:
+def test_default_recipe(real_inputs: Path, store: Path, mode: str, bits: float, least: float, agreement: float) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
+    assert bits - 0.01 < run.data.metrics["weight_bits_avg"] <= bits
     assert run.data.metrics["mAP50-95"] >= least
     assert run.data.metrics["float32_agreement"] >= agreement
     assert run.data.metrics["parity_mean_abs"] < 0.02

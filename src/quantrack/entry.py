@@ -29,7 +29,7 @@ def run_entry_point(name: str, settings_type: type[S], pipeline: Callable[[S], N
     Exits with 2 for a refused setting, 1 for a failure and 130 when interrupted; each time the user
     sees one line, and the run carries it as the tag `failure_reason`.
     """
-    gc.enable()
+    gc.enable()  # `program` turned it off for the imports
     keep_freed_memory()
 
     def command(**by_field: str) -> None:

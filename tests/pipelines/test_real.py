@@ -2,14 +2,19 @@
 
 from pathlib import Path
 
+import mlflow
 import pytest
 from command import ROOT, newest_run, run_pipeline
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from quantrack.datasets.pictures import network_input
+from quantrack.onnx.int4 import store_as_int4
 from quantrack.quantization.bias_correction import BiasCorrection
 from quantrack.quantization.gptq import Gptq
 from quantrack.quantization.recipe import CALIBRATED, Recipe
+from quantrack.runtime.parity import require_same_outputs
+from quantrack.runtime.session import open_session
 
 pytestmark = pytest.mark.real
 # benchmarks/accuracy_table.py takes the whole list, and three times as long. One number for all, who then share what
@@ -55,12 +60,27 @@ def test_float_baseline(real_inputs: Path, store: Path) -> None:
     ("mode", "bits", "least", "agreement"),
     [("w8a16", 8, 0.462, 0.98), ("w8a8", 8, 0.460, 0.96), ("w4a16", 4.5, 0.43, 0.92), ("w4a8", 4.5, 0.42, 0.91)],
 )
-def test_default_recipe(real_inputs: Path, store: Path, mode: str, bits: float, least: float, agreement: float) -> None:
+def test_default_recipe(
+    real_inputs: Path, store: Path, tmp_path: Path, mode: str, bits: float, least: float, agreement: float
+) -> None:
     run = measure(real_inputs, store, "ptq", "--mode", mode)
     assert bits - 0.01 < run.data.metrics["weight_bits_avg"] <= bits
     assert run.data.metrics["mAP50-95"] >= least
     assert run.data.metrics["float32_agreement"] >= agreement
     assert run.data.metrics["parity_mean_abs"] < 0.02
+    if bits < 8:
+        assert_channels_are_packed(run, real_inputs, tmp_path / "packed.onnx")
+
+
+def assert_channels_are_packed(run: Run, real_inputs: Path, packed: Path) -> None:
+    """Those of 3 and 4 bits as INT4, the others as INT8: a smaller file that gives the same."""
+    name = f"onnx/yolov10n-{run.data.tags['mode']}-qcdq-ptq-opt.onnx"
+    source = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
+    assert store_as_int4(source, packed) > 0
+    picture = network_input(min((real_inputs / "coco2017/val2017").glob("*.jpg")), 640)[None]
+    require_same_outputs(open_session(source, "cpu"), open_session(packed, "cpu"), [picture])
+    float32_mb = run.data.metrics["onnx_mb"] / times_float32(run, "onnx_mb")
+    assert packed.stat().st_size / 1e6 < 0.26 * float32_mb
 
 
 def test_bits_by_role_are_packed_by_a_recipe_file(real_inputs: Path, store: Path) -> None:
